@@ -1,0 +1,148 @@
+"""The environments' protocol, and `make_envs`, the one door to every family.
+
+    envs = make_envs("ML10", num_envs=20, split="train", seed=1, device="cpu")
+    obs, info = envs.reset()                                          # every environment draws a new task
+    obs, reward, terminated, truncated, info = envs.step(action)
+
+Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon` H, `episodes_per_task` K,
+`meta_horizon` K*H, `split`, `tasks`. All environments run in lockstep: after H steps the episode ends everywhere
+(`truncated`), every environment is reset into the same task, `obs` is the next episode's first observation and
+`info["final_obs"]`, present at every step, the true successor state. After K episodes the caller calls `reset()`.
+
+    obs, info["final_obs"]       float32 (N, S)
+    reward                       float32 (N,)
+    terminated, truncated        bool (N,)
+    info["success"]              bool (N,), at this step; where the family defines it
+    info["alive"]                bool (N,), False for the steps that an environment idles after an early termination;
+                                 absent where a family never terminates early. Nothing may learn from idle steps.
+    info["task"]                 float32 (N, G), at reset: the ground truth, for oracles and evaluation only
+    envs.tasks                   names of the split's fixed evaluation tasks, "family/which"; `reset(tasks=names)`
+                                 sets N of them and draws nothing
+    state_dict, load_state_dict  all that decides later draws: the number of resets so far
+
+Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with
+`horizon` and `episodes_per_task` where the user sets them.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+
+import numpy as np
+import torch
+
+SPLITS = ("train", "test")
+FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10, ML45) are listed by common.metaworld
+    "GridWorld": "common.gridworld:GridWorld",
+    "SparsePointRobot": "common.pointrobot:SparsePointRobot",
+}
+
+
+class BadInput(ValueError):
+    """A user's mistake in one sentence that names the culprit; the scripts print it and exit with status 2."""
+
+
+def make_envs(env_id, num_envs, split="train", seed=1, device="cpu", reward_version="v2", **sizes):
+    """The vector environment `env_id`.
+
+    env_id: a key of FAMILIES, ML1-<family>, ML10, ML45, or `package.module:factory` of the user's own.
+    sizes: `horizon` and `episodes_per_task`, where the family's own are not wanted (None counts as unset).
+    Raises BadInput for an unknown id (with the known ones and the nearest), split or size.
+    """
+    if split not in SPLITS:
+        raise BadInput(f"unknown split {split!r}: {env_id} has {' and '.join(SPLITS)}")
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in {"num_envs": num_envs, **sizes}.items():
+        if size < 1:
+            raise BadInput(f"{name} must be at least 1, not {size}")
+    if env_id in FAMILIES:
+        factory = _load(FAMILIES[env_id])
+    elif ":" in env_id:
+        factory = _load(env_id)
+    elif env_id.startswith("ML"):
+        from common.metaworld import make_metaworld  # metaworld takes half a second to import: only who needs it pays
+
+        return make_metaworld(env_id, num_envs, split, seed, device, reward_version=reward_version, **sizes)
+    else:
+        known = [*FAMILIES, "ML1-<family>", "ML10", "ML45"]
+        nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise BadInput(f"unknown env_id {env_id!r}: known are {', '.join(known)}, or package.module:factory{hint}")
+    return factory(num_envs, split, seed, device, **sizes)
+
+
+def _load(path):
+    """The factory at `package.module:factory`; the user's working directory counts as a place to look."""
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise BadInput(f"env_id {path!r}: {error}") from error
+    except AttributeError as error:
+        raise BadInput(f"env_id {path!r}: module {module_name} has no {name!r}") from error
+
+
+def uniforms(seed, split, resets, num_envs, dim):
+    """Random numbers in [0, 1), float64 (num_envs, dim), for the reset number `resets` of a split.
+
+    Row i depends on (seed, split, resets, i) alone: neither on the number of environments nor on that of workers,
+    and all that a checkpoint must keep is the number of resets.
+    """
+    return np.random.default_rng((seed, SPLITS.index(split), resets)).random((num_envs, dim))
+
+
+class TensorEnvs:
+    """Back end for families whose state is a tensor on the device: time, resets and draws of the protocol.
+
+    A family defines `obs_dim`, `single_action_space` and `tasks`, and three methods:
+        goals(u)      float64 (N, 2) in [0, 1) -> the tasks that it draws, float32 (N, G)
+        start()       a new episode in the same tasks -> obs (N, S)
+        move(action)  one step -> final_obs (N, S), reward (N,), success (N,)
+    and `task_table`, float32 (len(tasks), G): what the names in `tasks` stand for.
+    """
+
+    def __init__(self, num_envs, split, seed, device, horizon, episodes_per_task):
+        from gymnasium.spaces import Box
+
+        self.num_envs, self.split, self.seed, self.device = num_envs, split, seed, torch.device(device)
+        self.horizon, self.episodes_per_task = horizon, episodes_per_task
+        self.meta_horizon = horizon * episodes_per_task
+        self.single_observation_space = Box(-np.inf, np.inf, (self.obs_dim,), np.float32)
+        self.families = [type(self).__name__]
+        self.resets = 0
+        self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
+        self.false = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
+        self.true = ~self.false
+
+    def reset(self, tasks=None):
+        """New tasks: drawn, or those named. Returns obs (N, S) and info with `task` (N, G)."""
+        if tasks is None:
+            u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)
+            self.task = self.goals(torch.from_numpy(u).to(self.device))
+            self.resets += 1
+        else:
+            rows = [self.tasks.index(name) for name in tasks]
+            self.task = self.task_table.to(self.device)[torch.tensor(rows, device=self.device)]
+        self.elapsed = 0
+        return self.start(), {"task": self.task}
+
+    def step(self, action):
+        if self.elapsed == self.meta_horizon:
+            raise RuntimeError("the meta-episode is over (or has not begun): call reset() first")
+        final_obs, reward, success = self.move(action)
+        self.elapsed += 1
+        ended = self.elapsed % self.horizon == 0
+        obs = self.start() if ended else final_obs
+        return obs, reward, self.false, self.true if ended else self.false, {"final_obs": final_obs, "success": success}
+
+    def state_dict(self):
+        return {"resets": self.resets}
+
+    def load_state_dict(self, state):
+        self.resets = state["resets"]
+
+    def close(self):
+        pass
