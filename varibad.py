@@ -1,12 +1,11 @@
 """VariBAD: Bayes-adaptive deep RL with a variational belief (Zintgraf et al., ICLR 2020; JMLR 22, 2021).
 
 A recurrent encoder reads the history tau_:t of a meta-episode and keeps a Gaussian belief q(m | tau_:t) over a latent m
-that stands for the unknown task. Decoders trained with the encoder predict every reward and transition of the whole
-meta-episode, past and future, from each m_t: so the belief holds what there is to know about the task. The policy sees
-the state and the belief (mean and log-variance) and is trained by PPO to maximise the return of the whole meta-episode:
-where the belief is uncertain it pays to explore. No gradient of PPO reaches the belief model.
+that stands for the unknown task. Decoders, trained with it, predict every reward and transition of the meta-episode,
+past and future, from each m_t: so the belief holds what there is to know about the task. The policy sees the state and
+the belief, and PPO maximises the return of the whole meta-episode: exploration pays where it ends uncertainty early.
 
-Shapes: T steps of a meta-episode, N environments, B batch, S observation, A action, Z latent, D hidden; time-major (T, N, .)
+Shapes: T steps of a meta-episode, N environments, B batch, S observation, A action, Z latent, D hidden; time-major.
 
     python varibad.py --env-id GridWorld            # every preset is a default: --help shows it
     python varibad.py --env-id ML10 --cuda
@@ -36,9 +35,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -56,145 +55,88 @@ LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged 
 @dataclass
 class Args:
     # experiment
-    env_id: str = "GridWorld"
-    """GridWorld, SparsePointRobot, ML1-<family>, ML10, ML45, or package.module:factory for your own; sets the preset"""
-    seed: int = 1
-    """seed of tasks, networks and actions"""
-    cuda: bool = False
-    """train on the GPU, with the paper's sizes where the preset for a CPU has smaller ones"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline works)"""
-    total_timesteps: int = 20_000_000
-    """environment steps, summed over environments"""
-    num_envs: int = 16
-    """environments stepped together (N)"""
-    horizon: int = 15
-    """steps of an episode (H)"""
-    episodes_per_task: int = 4
-    """episodes of a meta-episode, for which the belief lives (K); an iteration is one meta-episode of every environment"""
-    eval_interval: int = 500
-    """iterations between evaluations; 0 = only at the end; negative = never"""
-    eval_tasks: int = 0
-    """evaluation tasks per family, the first ones; 0 = all"""
-    checkpoint_interval: int = 500
-    """iterations between checkpoints; 0 = only at the end"""
-    run_dir: str = ""
-    """folder of this very run; empty = runs/<env>__<script>__<seed>__<time>"""
-    resume: str = ""
-    """checkpoint to continue from, with its arguments; those given beside it override"""
-    evaluate: str = ""
-    """checkpoint to evaluate: prints and writes eval.json beside it, trains nothing"""
-    eval_sample: bool = False
-    """evaluate with sampled actions and latents; default is the most likely ones"""
-    reward_version: Literal["v1", "v2"] = "v2"
-    """Meta-World's reward functions"""
+    env_id: str = "GridWorld"  # GridWorld, SparsePointRobot, ML1-<family>, ML10, ML45, or package.module:factory
+    seed: int = 1  # of tasks, networks and actions
+    cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+    total_timesteps: int = 20_000_000  # environment steps, summed over environments
+    num_envs: int = 16  # environments stepped together (N)
+    horizon: int = 15  # steps of an episode (H)
+    episodes_per_task: int = 4  # episodes of a meta-episode (K); an iteration is one meta-episode of each environment
+    eval_interval: int = 500  # iterations between evaluations; 0 = only at the end; negative = never
+    eval_tasks: int = 0  # evaluation tasks per family, the first ones; 0 = all
+    checkpoint_interval: int = 500  # iterations between checkpoints; 0 = only at the end
+    run_dir: str = ""  # folder of this very run; empty = runs/<env>__<script>__<seed>__<time>
+    resume: str = ""  # checkpoint to continue from, with its arguments; those given beside it override
+    evaluate: str = ""  # checkpoint to evaluate: prints the results and writes eval.json beside it, trains nothing
+    eval_sample: bool = False  # evaluate with sampled actions and latents in place of the most likely ones
+    reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
 
     # PPO
-    learning_rate: float = 7e-4
-    """Adam's step size for actor and critic"""
-    anneal_lr: bool = False
-    """let it fall linearly to 0"""
-    gamma: float = 0.95
-    """discount, per step, over the whole meta-episode"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate"""
+    learning_rate: float = 7e-4  # Adam's step size for actor and critic
+    anneal_lr: bool = False  # let it fall linearly to 0
+    gamma: float = 0.95  # discount per step, over the whole meta-episode
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    # A meta-episode's end bootstraps from its last state (task) or is terminal (the authors on the grid); episode, the
+    # authors elsewhere: every episode's end cuts the advantage, so that no credit flows between episodes.
     time_limit: Literal["task", "terminal", "episode"] = "task"
-    """end of a meta-episode: bootstrap from its last state (task), or take it for terminal, as the authors on the grid;
-    episode: as the authors elsewhere, every episode's end cuts the advantage, so that no credit flows between episodes"""
-    update_epochs: int = 2
-    """passes over an iteration's steps"""
-    num_minibatches: int = 4
-    """gradient steps per pass"""
-    clip_coef: float = 0.05
-    """epsilon of the clipped ratio and value"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus at the start"""
-    ent_coef_end: float = 0.01
-    """and at the end: linear in between"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    value_loss: Literal["huber", "mse"] = "huber"
-    """huber: the authors', with clipped values; mse: 1/2 squared error"""
-    max_grad_norm: float = 0.5
-    """clip of the norm of the policy's gradient; 0 = off"""
-    norm_reward: bool = True
-    """divide the policy's rewards by the running deviation of the discounted return, clipped at 10"""
-    policy_layers: tuple[int, ...] = (32,)
-    """hidden layers (tanh) of actor and critic"""
-    obs_embed: int = 16
-    """policy's embedding of the observation"""
-    belief_embed: int = 16
-    """policy's embedding of each part of the belief"""
-    std_init: float = 1.0
-    """deviation of a continuous action at the start"""
-    std_min: float = 0.01
-    """its lower bound (reached softly)"""
-    std_max: float = 2.0
-    """its upper bound"""
+    update_epochs: int = 2  # passes over an iteration's steps
+    num_minibatches: int = 4  # gradient steps per pass
+    clip_coef: float = 0.05  # epsilon of the clipped ratio and value
+    ent_coef: float = 0.01  # weight of the entropy bonus at the start
+    ent_coef_end: float = 0.01  # and at the end: linear in between
+    vf_coef: float = 0.5  # weight of the value loss
+    value_loss: Literal["huber", "mse"] = "huber"  # huber: the authors', with clipped values; mse: 1/2 squared error
+    max_grad_norm: float = 0.5  # clip of the norm of the policy's gradient; 0 = off
+    norm_reward: bool = True  # divide the policy's rewards by the deviation of the discounted return, clip at 10
+    policy_layers: tuple[int, ...] = (32,)  # hidden layers (tanh) of actor and critic
+    obs_embed: int = 16  # policy's embedding of the observation
+    belief_embed: int = 16  # policy's embedding of each part of the belief
+    std_init: float = 1.0  # deviation of a continuous action at the start
+    std_min: float = 0.01  # its lower bound, reached softly
+    std_max: float = 2.0  # its upper bound
 
     # belief model
-    no_belief: bool = False
-    """zeros in place of the belief: the floor that any claim of adaptation has to beat"""
-    oracle_context: bool = False
-    """the true task in place of the belief: the ceiling"""
-    belief_learning_rate: float = 1e-3
-    """Adam's step size for encoder and decoders"""
-    belief_updates: int = 3
-    """gradient steps per iteration"""
-    belief_batch: int = 25
-    """meta-episodes per gradient step (B)"""
-    belief_max_grad_norm: float = 0.0
-    """clip of the gradient's norm, for each of encoder and decoders; 0 = off"""
-    buffer_size: int = 100_000
-    """meta-episodes kept for the belief model"""
-    precollect: int = 5_000
-    """steps before the first gradient step"""
-    action_embed: int = 0
-    """embedding of the action in encoder and decoders; 0 = not an input"""
-    state_embed: int = 8
-    """embedding of the state"""
-    reward_embed: int = 8
-    """embedding of the reward (encoder)"""
-    hidden_dim: int = 64
-    """units of the encoder's GRU (D)"""
-    latent_dim: int = 5
-    """dimension of the latent (Z)"""
-    tbptt: int = 0
-    """steps of a window of truncated back-propagation through time; 0 = whole meta-episode"""
-    elbo_terms: int = 0
-    """posteriors drawn per meta-episode; 0 = all"""
-    decode_terms: int = 0
-    """transitions drawn per meta-episode; 0 = all"""
+    no_belief: bool = False  # zeros in place of the belief: the floor that any claim of adaptation has to beat
+    oracle_context: bool = False  # the true task in place of the belief: the ceiling
+    belief_learning_rate: float = 1e-3  # Adam's step size for encoder and decoders
+    belief_updates: int = 3  # gradient steps per iteration
+    belief_batch: int = 25  # meta-episodes per gradient step (B)
+    belief_max_grad_norm: float = 0.0  # clip of the gradient's norm, for each of encoder and decoders; 0 = off
+    buffer_size: int = 100_000  # meta-episodes kept for the belief model
+    precollect: int = 5_000  # steps before the first gradient step
+    action_embed: int = 0  # embedding of the action in encoder and decoders; 0 = not an input
+    state_embed: int = 8  # embedding of the state
+    reward_embed: int = 8  # embedding of the reward (encoder)
+    hidden_dim: int = 64  # units of the encoder's GRU (D)
+    latent_dim: int = 5  # dimension of the latent (Z)
+    tbptt: int = 0  # steps of a window of truncated back-propagation through time; 0 = whole meta-episode
+    elbo_terms: int = 0  # posteriors drawn per meta-episode; 0 = all
+    decode_terms: int = 0  # transitions drawn per meta-episode; 0 = all
+    # Transitions that m_t decodes: all of the meta-episode (the paper), those to come, those to come in this episode.
     decode_window: Literal["all", "future", "episode"] = "all"
-    """transitions that m_t decodes: all of the meta-episode (the paper), those to come, those to come in this episode"""
+    # One Bernoulli per grid cell (multihead), or the squared error of the reward of (m, s, a, s').
     reward_decoder: Literal["multihead", "mlp"] = "multihead"
-    """multihead: one Bernoulli a grid cell; mlp: squared error of the reward of (m, s, a, s')"""
-    decoder_layers: tuple[int, ...] = (32, 32)
-    """hidden layers (ReLU) of each decoder"""
-    decoder_dropout: float = 0.0
-    """dropout on the decoders' embeddings of s, a, s'"""
-    reward_coef: float = 1.0
-    """weight of the reward's reconstruction"""
-    state_coef: float = 0.0
-    """weight of the state's reconstruction; 0 = no state decoder"""
+    decoder_layers: tuple[int, ...] = (32, 32)  # hidden layers (ReLU) of each decoder
+    decoder_dropout: float = 0.0  # dropout on the decoders' embeddings of s, a, s'
+    reward_coef: float = 1.0  # weight of the reward's reconstruction
+    state_coef: float = 0.0  # weight of the state's reconstruction; 0 = no state decoder
+    # Weight of the KL. Every term of the ELBO is a mean here (over B, posteriors, transitions), so this is the authors'
+    # effective weight (theirs times their batch, over which they sum) over the number of decoded transitions.
     kl_coef: float = 0.25 / 60
-    """weight of the KL: every term of the ELBO is a mean here (over B, posteriors, transitions), so this is the authors'
-    effective weight (theirs times their batch, over which they sum) over the number of decoded transitions"""
-    kl_to_prior: bool = False
-    """KL of every posterior to N(0, I) (authors' option) in place of the posterior before it (the paper)"""
-    standardise_inputs: bool = True
-    """standardise what encoder and decoders read (ours: Meta-World moves by 0.1 around offsets); default is raw on grids"""
+    kl_to_prior: bool = False  # KL of each posterior to N(0, I) (authors' option), not to the posterior before (paper)
+    standardise_inputs: bool = True  # standardise the inputs of encoder and decoders (ours); the grid's default is raw
 
 
-# The authors' hyper-parameters (config/gridworld, config/pointrobot); for Meta-World, which they did not run, those of
-# SDVT's variBAD (Lee et al., 2023), with three episodes a task as in DME and the steps of one meta-episode an iteration.
+# The authors' hyper-parameters for the grid and the point; for Meta-World, which they did not run, those of SDVT's
+# variBAD (Lee et al., 2023), with three episodes per task as in DME, and one meta-episode per iteration.
 META_WORLD = dict(
-    num_envs=10, horizon=500, episodes_per_task=3, eval_interval=50, eval_tasks=10, checkpoint_interval=10,
-    total_timesteps=250_000_000, gamma=0.99, gae_lambda=0.9, update_epochs=5, num_minibatches=3, clip_coef=0.1,
-    ent_coef=0.001, ent_coef_end=0.001, policy_layers=(256, 256), obs_embed=64, belief_embed=64, std_min=0.5, std_max=1.5,
-    belief_updates=3, belief_batch=10, belief_max_grad_norm=1.0, buffer_size=1000, action_embed=16, state_embed=32,
-    reward_embed=16, hidden_dim=256, tbptt=50, elbo_terms=100, decode_terms=100, reward_decoder="mlp",
-    decoder_layers=(64, 64, 32), reward_coef=10.0, state_coef=1000.0, kl_coef=1.0,
+    num_envs=10, horizon=500, episodes_per_task=3, total_timesteps=250_000_000, eval_interval=50, eval_tasks=10,
+    checkpoint_interval=10, gamma=0.99, gae_lambda=0.9, update_epochs=5, num_minibatches=3, clip_coef=0.1,
+    ent_coef=0.001, ent_coef_end=0.001, policy_layers=(256, 256), obs_embed=64, belief_embed=64,
+    std_min=0.5, std_max=1.5, belief_updates=3, belief_batch=10, belief_max_grad_norm=1.0, buffer_size=1000,
+    action_embed=16, state_embed=32, reward_embed=16, hidden_dim=256, tbptt=50, elbo_terms=100, decode_terms=100,
+    reward_decoder="mlp", decoder_layers=(64, 64, 32), reward_coef=10.0, state_coef=1000.0, kl_coef=1.0,
 )  # fmt: skip
 PRESETS = {
     "GridWorld": dict(time_limit="terminal", standardise_inputs=False),
@@ -209,20 +151,16 @@ PRESETS = {
     "ML10": META_WORLD,
     "ML45": META_WORLD | dict(total_timesteps=400_000_000, latent_dim=10, belief_updates=6),
 }  # fmt: skip
-SMALL = {  # what fits a small machine, laid over the preset without --cuda; ours
-    "ML1": dict(
-        num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, learning_rate=2.5e-4, clip_coef=0.2,
-        std_init=0.7, std_min=0.2, belief_updates=8, hidden_dim=128, elbo_terms=25, decode_terms=50, eval_interval=20,
-        eval_tasks=0,
+SMALL_ML = dict(
+    num_envs=20, horizon=200, num_minibatches=12, learning_rate=2.5e-4, clip_coef=0.2, std_init=0.7, std_min=0.2,
+    hidden_dim=128, elbo_terms=25, decode_terms=50,
+)  # fmt: skip
+SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
+    "ML1": SMALL_ML | dict(
+        num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, belief_updates=8, eval_tasks=0
     ),
-    "ML10": dict(
-        num_envs=20, horizon=200, hidden_dim=128, elbo_terms=25, decode_terms=50, num_minibatches=12,
-        learning_rate=2.5e-4, clip_coef=0.2, std_init=0.7, std_min=0.2,
-    ),
-    "ML45": dict(
-        num_envs=20, horizon=200, hidden_dim=128, elbo_terms=25, decode_terms=50, num_minibatches=12,
-        learning_rate=2.5e-4, clip_coef=0.2, std_init=0.7, std_min=0.2,
-    ),
+    "ML10": SMALL_ML,
+    "ML45": SMALL_ML,
 }  # fmt: skip
 
 
@@ -247,6 +185,10 @@ def parse_args(argv=None):
     return tyro.cli(Args, args=argv, default=Args(**defaults), config=(tyro.conf.FlagCreatePairsOff,))
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def check_args(args):
     """BadInput for the first argument that makes no sense, or for two that do not fit."""
     for name in (
@@ -255,28 +197,28 @@ def check_args(args):
         "std_min std_init clip_coef"
     ).split():
         if not 0 < getattr(args, name) < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+            raise BadInput(f"{flag(name)} must be above 0, not {getattr(args, name)}")
     for name in (
         "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
         "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef"
     ).split():
         if not 0 <= getattr(args, name) < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} must not be below 0, and finite: not {getattr(args, name)}")
+            raise BadInput(f"{flag(name)} must not be below 0, and finite: not {getattr(args, name)}")
     for name, below in dict(gamma=1.0, gae_lambda=1.0, decoder_dropout=0.999).items():
         if not 0 <= getattr(args, name) <= below:
-            raise BadInput(f"--{name.replace('_', '-')} must lie in [0, {below}], not {getattr(args, name)}")
+            raise BadInput(f"{flag(name)} must lie in [0, {below}], not {getattr(args, name)}")
     for name in ("policy_layers", "decoder_layers"):
         if not getattr(args, name) or min(getattr(args, name)) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} must be one or more positive sizes, not {getattr(args, name)}")
+            raise BadInput(f"{flag(name)} must be one or more positive sizes, not {getattr(args, name)}")
     steps = args.num_envs * args.horizon * args.episodes_per_task
     if steps % args.num_minibatches:
         raise BadInput(f"--num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration")
-    if args.tbptt and args.horizon * args.episodes_per_task % args.tbptt:
-        raise BadInput(f"--tbptt {args.tbptt} does not divide the {args.horizon * args.episodes_per_task} steps of a task")
+    if args.tbptt and steps // args.num_envs % args.tbptt:
+        raise BadInput(f"--tbptt {args.tbptt} does not divide the {steps // args.num_envs} steps of a meta-episode")
     if args.buffer_size < args.num_envs:
-        raise BadInput(f"--buffer-size {args.buffer_size} does not hold the {args.num_envs} meta-episodes of an iteration")
+        raise BadInput(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}: no iteration fits")
     if not args.std_min < args.std_init < args.std_max < math.inf:
-        raise BadInput(f"--std-init {args.std_init} must lie between --std-min {args.std_min} and --std-max {args.std_max}")
+        raise BadInput(f"--std-init {args.std_init} must lie inside --std-min {args.std_min}, --std-max {args.std_max}")
     if args.no_belief and args.oracle_context:
         raise BadInput("--no-belief and --oracle-context exclude each other")
     if args.cuda and not torch.cuda.is_available():
@@ -398,9 +340,12 @@ class Encoder(nn.Module):
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
-        sizes = dict(action=(action_dim, args.action_embed), state=(obs_dim, args.state_embed), reward=(1, args.reward_embed))
-        self.embeds = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items() if size[1]})
-        self.gru = nn.GRU(sum(size[1] for size in sizes.values()), args.hidden_dim)
+        self.embeds = nn.ModuleDict(
+            dict(state=nn.Linear(obs_dim, args.state_embed), reward=nn.Linear(1, args.reward_embed))
+        )
+        if args.action_embed:
+            self.embeds["action"] = nn.Linear(action_dim, args.action_embed)
+        self.gru = nn.GRU(args.action_embed + args.state_embed + args.reward_embed, args.hidden_dim)
         for name, parameter in self.gru.named_parameters():
             nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
 
@@ -485,10 +430,11 @@ class BeliefModel(nn.Module):
         A = int(space.n) if self.discrete else space.shape[0]
         self.cell = getattr(envs, "cell", None)
         self.encoder = Encoder(args, S, A)
-        self.mean, self.logvar = nn.Linear(args.hidden_dim, args.latent_dim), nn.Linear(args.hidden_dim, args.latent_dim)
+        self.mean = nn.Linear(args.hidden_dim, args.latent_dim)
+        self.logvar = nn.Linear(args.hidden_dim, args.latent_dim)
         if args.reward_decoder == "multihead":
             if self.cell is None:
-                raise BadInput(f"--reward-decoder multihead needs an environment with cells, and {args.env_id} has none")
+                raise BadInput(f"--reward-decoder multihead needs a grid, and {args.env_id} is none: choose mlp")
             self.reward_decoder = MultiHeadDecoder(args, envs.num_cells)
         else:
             self.reward_decoder = Decoder(args, S, A, 1, next_state=True)
@@ -578,8 +524,9 @@ def multihead_loss(logits, t, batch, cell, args):
     The logit of a cell is the same for each visit, so it is enough to count the visits with and without reward:
     logits (E, B, cells), t (E, B).
     """
-    T, B = batch["rewards"].shape
-    visits = F.one_hot(cell(batch["next_obs"]), logits.shape[-1]).float() * batch["alive"].unsqueeze(-1)  # (T, B, cells)
+    visits = (
+        F.one_hot(cell(batch["next_obs"]), logits.shape[-1]) * batch["alive"].unsqueeze(-1).float()
+    )  # (T, B, cells)
     hits = visits * (batch["rewards"] == 1).unsqueeze(-1)
     if args.decode_window == "all":
         visits, hits = visits.sum(0), hits.sum(0)  # (B, cells): the same for all posteriors
@@ -588,7 +535,7 @@ def multihead_loss(logits, t, batch, cell, args):
             visits, hits = (x.view(-1, args.horizon, *x.shape[1:]) for x in (visits, hits))
         else:
             visits, hits = visits[None], hits[None]
-        columns = torch.arange(B, device=logits.device)
+        columns = torch.arange(t.shape[1], device=logits.device)
         visits, hits = (  # of transitions t, t + 1, ... : (T + 1, B, cells), then those of the drawn t
             F.pad(x.flip(1).cumsum(1).flip(1).flatten(0, 1), (0, 0, 0, 0, 0, 1))[t, columns] for x in (visits, hits)
         )
@@ -810,7 +757,7 @@ def evaluate(eval_envs, agent, model, args):
     """Every evaluation task of every split once, over its K episodes, with random numbers of its own.
 
     eval_envs: split -> environments. Returns scalars by key, and per task what each episode returned and whether it
-    succeeded (at any of its steps): {split: {task: {"return": [...], "success": [...]}}}.
+    succeeded (at any of its steps), and the last belief: {split: {task: {"return": [K], "success": [K], "belief": [.]}}}.
     """
     scalars, details = {}, {}
     devices = [torch.cuda.current_device()] if args.cuda else []
@@ -827,11 +774,11 @@ def evaluate(eval_envs, agent, model, args):
                 episodes = (envs.episodes_per_task, envs.horizon, envs.num_envs)
                 returns = data["rewards"].view(episodes).sum(1).T.tolist()
                 success = data["success"].view(episodes).any(1).float().T.tolist()
-                for name, r, s in zip(chunk, returns, success):
-                    details[split][name] = {"return": r, "success": s}
-            for key, rows in [("return", []), ("success", [])]:
+                beliefs = data["beliefs"][-1].tolist()
+                for name, r, s, b in zip(chunk, returns, success, beliefs):
+                    details[split][name] = {"return": r, "success": s, "belief": b}
+            for key, word in (("return", "return"), ("success", "success_rate")):
                 rows = np.array([detail[key] for detail in details[split].values()])  # (tasks, K)
-                word = "success_rate" if key == "success" else key
                 for k in range(rows.shape[1]):
                     scalars[f"eval/{split}/{word}_episode_{k + 1}"] = float(rows[:, k].mean())
                 scalars[f"eval/{split}/{word}"] = float(rows[:, -1].mean())  # of the last episode
@@ -873,7 +820,7 @@ def make_args_envs(args, num_envs, split, device):
     return make_envs(args.env_id, num_envs, split, args.seed, device, reward_version=args.reward_version, **sizes)
 
 
-def draw_pictures(folder, eval_envs, agent, model, args):
+def draw_pictures(folder, eval_envs, details, agent, model, args):
     """Grid worlds: where the decoder thinks the goal is, step by step, with the agent's path, for three goals."""
     envs = eval_envs["test"]
     if args.reward_decoder != "multihead" or args.no_belief or args.oracle_context:
@@ -991,13 +938,14 @@ def train(args, envs, eval_envs, device, folder, state):
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
     belief_optimizer = torch.optim.Adam(model.parameters(), lr=args.belief_learning_rate, fused=True)
     buffer = Buffer(args.buffer_size)
-    parts = dict(agent=agent, model=model, optimizer=optimizer, belief_optimizer=belief_optimizer, buffer=buffer, envs=envs)
+    parts = dict(agent=agent, model=model, optimizer=optimizer, belief_optimizer=belief_optimizer)
+    parts |= dict(buffer=buffer, envs=envs)
 
     if args.evaluate:
         load_modules(args.evaluate, state, dict(agent=agent, model=model))
         scalars, details = evaluate(eval_envs, agent, model, args)
         write_evaluation(folder, state["global_step"], scalars, details)
-        draw_pictures(folder, eval_envs, agent, model, args)
+        draw_pictures(folder, eval_envs, details, agent, model, args)
         for key, value in scalars.items():
             print(f"{key:<48} {value:.4f}")
         return
@@ -1095,7 +1043,7 @@ def train(args, envs, eval_envs, device, folder, state):
                 progress.write(f"checkpoint not saved at step {global_step}: {error}; the last good one stays")
             state = None
     if eval_envs and iteration == iterations:
-        draw_pictures(folder, eval_envs, agent, model, args)
+        draw_pictures(folder, eval_envs, details, agent, model, args)
     progress.close()
     metrics.close()
     print(f"{global_step} steps in {time.time() - started:.0f} s: {folder}")

@@ -3,7 +3,7 @@
 import matplotlib
 
 matplotlib.use("Agg")  # files only: no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def draw_grid_belief(file, title, path, goal, maps, horizon):
