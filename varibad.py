@@ -524,9 +524,8 @@ def multihead_loss(logits, t, batch, cell, args):
     The logit of a cell is the same for each visit, so it is enough to count the visits with and without reward:
     logits (E, B, cells), t (E, B).
     """
-    visits = (
-        F.one_hot(cell(batch["next_obs"]), logits.shape[-1]) * batch["alive"].unsqueeze(-1).float()
-    )  # (T, B, cells)
+    visits = F.one_hot(cell(batch["next_obs"]), logits.shape[-1])  # (T, B, cells)
+    visits = (visits * batch["alive"].unsqueeze(-1)).float()
     hits = visits * (batch["rewards"] == 1).unsqueeze(-1)
     if args.decode_window == "all":
         visits, hits = visits.sum(0), hits.sum(0)  # (B, cells): the same for all posteriors
@@ -592,15 +591,16 @@ def update_belief(model, optimizer, buffer, args):
 
 
 def gae(rewards, values, terminated, alive, args):
-    """Advantages and value targets of meta-episodes: rewards, terminated, alive (T, N), values (T + 1, N) -> 2 x (T, N).
+    """Advantages and value targets of meta-episodes, 2 x (T, N); rewards, terminated, alive (T, N), values (T + 1, N).
 
-    An early termination ends an episode, not the task: its last step has no successor value, but the advantage goes on
-    to the next episode, as at an episode's time limit. Idle steps are skipped. `--time-limit` says how the end counts.
+    The end of an episode, early or not, is not the end of the task: credit flows on to the next episode, past the idle
+    steps. `--time-limit` says how the end of the task counts; one by an early termination is always terminal.
     """
     T = len(rewards)
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[0])
-    next_value = torch.zeros_like(values[T]) if args.time_limit == "terminal" else values[T]
+    goes_on = alive[-1] & ~terminated[-1] & (args.time_limit != "terminal")
+    next_value = torch.where(goes_on, values[T], 0.0)
     for t in reversed(range(T)):
         step = rewards[t] + args.gamma * next_value - values[t] + args.gamma * args.gae_lambda * advantage
         if args.time_limit == "episode" and (t + 1) % args.horizon == 0:
@@ -612,7 +612,7 @@ def gae(rewards, values, terminated, alive, args):
 
 
 def normalise_rewards(rewards, alive, return_norm, args):
-    """rewards (T, N) / deviation of the discounted return, clipped at 10 (the authors' VecNormalize); updates it first."""
+    """rewards (T, N) / deviation of the discounted return (updated first), clipped at 10: the authors' VecNormalize."""
     total, returns = torch.zeros_like(rewards[0]), torch.empty_like(rewards)
     for t in range(len(rewards)):
         returns[t] = total = args.gamma * total + rewards[t]
@@ -757,7 +757,7 @@ def evaluate(eval_envs, agent, model, args):
     """Every evaluation task of every split once, over its K episodes, with random numbers of its own.
 
     eval_envs: split -> environments. Returns scalars by key, and per task what each episode returned and whether it
-    succeeded (at any of its steps), and the last belief: {split: {task: {"return": [K], "success": [K], "belief": [.]}}}.
+    succeeded (at any of its steps), and the last belief: {split: {task: {"return", "success", "belief"}}}.
     """
     scalars, details = {}, {}
     devices = [torch.cuda.current_device()] if args.cuda else []
