@@ -176,9 +176,6 @@ def parse_args(argv=None):
     path = known.resume or known.evaluate
     if path:
         defaults = load_checkpoint(path)["args"] | dict(resume="", evaluate="", run_dir=str(Path(path).parent))
-        defaults["policy_layers"], defaults["decoder_layers"] = (
-            tuple(defaults[name]) for name in ("policy_layers", "decoder_layers")
-        )
     else:
         family = known.env_id.split("-")[0]
         defaults = PRESETS.get(family, PRESETS["SparsePointRobot"]) | ({} if known.cuda else SMALL.get(family, {}))
