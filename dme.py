@@ -1,11 +1,11 @@
 """Dynamic Mixture Embeddings for contextual meta-RL (DME, anonymous authors, under review; no code was published).
 
-VariBAD with another belief model, a hierarchical Gaussian-mixture VAE: a macro latent w ~ N(0, I), a cluster y ~ Cat(1/C)
-and a task embedding z | w, y=k ~ N(m(w, k), v(w, k)): the mixture's components move with w, so the prior adapts to the
-context. One recurrent encoder gives Gaussian posteriors of w and z; that of y follows analytically by Bayes' rule. The
-decoders see z alone; the policy sees the posterior of z, and w and y. Virtual tasks, drawn from the mixture, train it too.
+VariBAD with another belief model, a hierarchical Gaussian-mixture VAE: a macro latent w ~ N(0, I), a cluster
+y ~ Cat(1/C), a task embedding z ~ N(m(w, y), v(w, y)): the components move with w, so the prior adapts to the context.
+One recurrent encoder gives Gaussian posteriors of w and z; that of y follows by Bayes' rule. The decoders see z alone,
+the policy the posterior of z with w and y. Virtual tasks, drawn from the mixture, train it too.
 
-Shapes: T steps of a meta-episode, N environments, B batch, S observation, A action, Z latent (of z and of w), C components,
+Shapes: T steps of a meta-episode, N environments, B batch, S observation, A action, Z latent (z, and w), C components,
 D hidden; time-major.
 
     python dme.py --env-id ML10                     # every preset is a default: --help shows it
@@ -19,7 +19,7 @@ Equation (of the paper)                                          function
     (3) q(y | w, z)                                              cluster_posterior
     (4), (5), (6) future states and rewards from z               Decoder, MultiHeadDecoder, window, reconstruction
     (7), (8), (9), (10) the KL terms and the ELBO                elbo
-    (11) virtual tasks                                           BeliefModel.prior, decoded_reward, update_belief, rollout
+    (11) virtual tasks                                           BeliefModel.prior, decoded_reward
     (12) to (16) PPO on (mu_z, sigma_z^2, w, y)                  BeliefModel.belief, Agent, gae, ppo_update
     Algorithm 1                                                  train
 """
@@ -117,7 +117,7 @@ class Args:
     tbptt: int = 0  # steps of a window of truncated back-propagation through time; 0 = whole meta-episode
     elbo_terms: int = 0  # posteriors drawn per meta-episode; 0 = all
     decode_terms: int = 0  # transitions drawn per meta-episode; 0 = all
-    # Transitions that z_t decodes: those to come (4; its T may mean the end of this episode: episode), or all (variBAD).
+    # Transitions that z_t decodes: those to come (4), those to come in this episode (its T, read so), all (variBAD).
     decode_window: Literal["all", "future", "episode"] = "future"
     # One Bernoulli per grid cell (multihead), or the squared error of the reward of (m, s, a, s').
     reward_decoder: Literal["multihead", "mlp"] = "multihead"
@@ -139,20 +139,18 @@ class Args:
     policy_y: Literal["argmax", "sample", "probs"] = "probs"  # y to the policy; argmax [paper: "hard partitions"]
     policy_w: Literal["sample", "mean"] = "sample"  # w to the policy in training, sample [paper, Algorithm 1]
     policy_z: Literal["logvar", "var"] = "logvar"  # scale of z to the policy; var [paper]
-    # The belief at step 0: the encoder's heads on its zero state, or (prior) a draw from the mixture [paper, Algorithm 1].
+    # The belief at step 0: the heads on the encoder's zero state, or a draw from the prior [paper, Algorithm 1].
     initial_belief: Literal["heads", "prior"] = "heads"
-    # Virtual tasks: whole meta-episodes with decoded rewards for the policy (SDVT, and the paper's section 4.2), decoded
-    # rewards in the ELBO's batches [paper, Algorithm 1], or both; the two texts of the paper differ.
+    # Virtual tasks: whole meta-episodes with decoded rewards for the policy (SDVT; the paper's section 4.2), decoded
+    # rewards in the ELBO's batches (the paper's Algorithm 1), or both.
     virtual: Literal["off", "policy", "elbo", "both"] = "policy"
-    virtual_rate: float = (
-        0.125  # gamma, the probability of a virtual iteration or batch at the end; rises from 0 [paper]
-    )
+    virtual_rate: float = 0.125  # gamma: probability of a virtual iteration or batch at the end, rising from 0 [paper]
     virtual_low: float = 0.0  # clip of virtual rewards: Meta-World's lie in [0, 10]
     virtual_high: float = 10.0
 
 
-# Meta-World: the hyper-parameters of SDVT (Lee et al., 2023), the paper's peer, with the paper's three episodes per task
-# and one meta-episode per iteration. The grid and the point, which DME did not run: variBAD's.
+# Meta-World: the hyper-parameters of SDVT (Lee et al., 2023), the paper's peer, with the paper's three episodes per
+# task and one meta-episode per iteration. The grid and the point, which DME did not run: variBAD's.
 META_WORLD = dict(
     num_envs=10, horizon=500, episodes_per_task=3, total_timesteps=250_000_000, eval_interval=50, eval_tasks=10,
     checkpoint_interval=10, gamma=0.99, gae_lambda=0.9, update_epochs=5, num_minibatches=3, clip_coef=0.1,
@@ -500,7 +498,7 @@ class BeliefModel(nn.Module):
         return mean, (F.softplus(raw) + 1e-4).log()  # the floor keeps (3) from saturating
 
     def prior(self, n):
-        """The generative model: w ~ N(0, I), y ~ Cat(1 / C), z ~ p(z | w, y). Returns w, y (one-hot), z's mean, logvar."""
+        """n draws of the generative model: w ~ N(0, I), y ~ Cat(1 / C) (one-hot), and mean and logvar of p(z | w, y)."""
         w = torch.randn(n, self.args.latent_dim, device=self.heads.weight.device)
         mean, logvar = self.components(w)  # (n, C, Z)
         k = torch.randint(mean.shape[1], (n,), device=w.device)
@@ -945,7 +943,7 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
     data = rollout(envs, agent, model, args, tasks=names, deterministic=True)
     with torch.no_grad():
         maps = model.reward_decoder(data["beliefs"][..., : args.latent_dim]).sigmoid()  # (T + 1, N, cells) at the mean
-    for n in range(0, len(names), max(1, len(names) // 3)):
+    for n in range(0, len(names), math.ceil(len(names) / 3)):
         column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
         file = Path(folder) / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
         draw_grid_belief(file, names[n], column, data["task"][n].cpu().numpy(), maps[:, n].cpu().numpy(), args.horizon)

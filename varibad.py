@@ -826,7 +826,7 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
     data = rollout(envs, agent, model, args, tasks=names, deterministic=True)
     with torch.no_grad():
         maps = model.reward_decoder(data["beliefs"][..., : args.latent_dim]).sigmoid()  # (T + 1, N, cells) at the mean
-    for n in range(0, len(names), max(1, len(names) // 3)):
+    for n in range(0, len(names), math.ceil(len(names) / 3)):
         column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
         file = Path(folder) / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
         draw_grid_belief(file, names[n], column, data["task"][n].cpu().numpy(), maps[:, n].cpu().numpy(), args.horizon)
