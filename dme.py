@@ -501,7 +501,7 @@ class BeliefModel(nn.Module):
         return mean, (F.softplus(raw) + 1e-4).log()  # the floor keeps (3) from saturating
 
     def prior(self, n):
-        """n draws of the generative model: w ~ N(0, I), y ~ Cat(1 / C) (one-hot), and mean and logvar of p(z | w, y)."""
+        """n draws of the generative model: w ~ N(0, I), y ~ Cat(1 / C), one-hot, and mean and logvar of p(z | w, y)."""
         w = torch.randn(n, self.args.latent_dim, device=self.heads.weight.device)
         mean, logvar = self.components(w)  # (n, C, Z)
         k = torch.randint(mean.shape[1], (n,), device=w.device)
