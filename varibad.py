@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from common.envs import BadInput, make_envs
 from common.plot import draw_grid_belief
+from common.workers import WorkerError
 
 SCRIPT = Path(__file__).stem
 LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen
@@ -227,11 +228,11 @@ def check_args(args):
 
 
 class RunningNorm(nn.Module):
-    """Standardises by the mean and deviation of all rows so far (Welford's merge), frozen after `limit` rows."""
+    """Standardises by the mean and deviation of all rows so far (Welford's merge); before the first, does nothing."""
 
-    def __init__(self, size, min_std=1e-4, limit=math.inf):
+    def __init__(self, size, min_std=1e-4):
         super().__init__()
-        self.min_std, self.limit = min_std, limit
+        self.min_std = min_std
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -242,12 +243,11 @@ class RunningNorm(nn.Module):
         share = (alive / alive.sum().clamp(min=1)).unsqueeze(-1)
         mean = (rows * share).sum(0)
         var = ((rows - mean).square() * share).sum(0)
-        total = self.count + alive.sum()
-        weight = (alive.sum() / total.clamp(min=1) * (self.count < self.limit)).float()  # 0 once frozen
+        self.count += alive.sum()
+        weight = (alive.sum() / self.count.clamp(min=1)).float()  # of the new rows
         delta = mean - self.mean
         self.var += weight * (var - self.var + delta.square() * (1 - weight))
         self.mean += weight * delta
-        self.count.copy_(torch.where(self.count < self.limit, total, self.count))
 
     @property
     def std(self):
@@ -437,9 +437,7 @@ class BeliefModel(nn.Module):
         else:
             self.reward_decoder = Decoder(args, S, A, 1, next_state=True)
         self.state_decoder = Decoder(args, S, A, S, next_state=False) if args.state_coef else None
-        limit = 30_000 if args.standardise_inputs else 0  # enough for the scale; then the model's inputs hold still
-        self.obs_norm = RunningNorm(S, min_std=0.02, limit=limit)
-        self.reward_norm = RunningNorm(1, min_std=0.02, limit=limit)
+        self.obs_norm, self.reward_norm = RunningNorm(S, min_std=0.02), RunningNorm(1, min_std=0.02)
         if not self.discrete and np.isfinite(space.low).all() and np.isfinite(space.high).all():
             self.register_buffer("low", torch.as_tensor(space.low))
             self.register_buffer("high", torch.as_tensor(space.high))
@@ -999,8 +997,9 @@ def train(args, envs, eval_envs, device, folder, state):
         clock.append(time.perf_counter())
 
         if not context:
-            model.obs_norm.update(data["next_obs"].flatten(0, 1), alive)
-            model.reward_norm.update(data["rewards"].view(-1, 1), alive)
+            if args.standardise_inputs:  # the changes fall with the number of steps: the model's inputs soon hold still
+                model.obs_norm.update(data["next_obs"].flatten(0, 1), alive)
+                model.reward_norm.update(data["rewards"].view(-1, 1), alive)
             buffer.add(data)
             if global_step >= args.precollect:
                 for _ in range(args.belief_updates):
@@ -1058,6 +1057,6 @@ if __name__ == "__main__":
     except BadInput as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except WorkerError as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         sys.exit(1)
