@@ -5,11 +5,11 @@
         tasks = [("cart", mass, {"mass": mass}) for mass in MASSES[split]]    # (family, name, what set_task receives)
         return WorkerVectorEnv(families, tasks, num_envs, split, seed, device, horizon, episodes_per_task)
 
-An environment is a gymnasium.Env with a method `set_task(data)`, called before `reset`. What it returns as
-`info["task"]` at reset, a vector, is the ground truth of the task; `info["success"]` of a step counts where it is given.
-Its random numbers come from `reset(seed=...)`, called with a seed at the beginning of every meta-episode, so that
-results depend neither on the number of workers nor on what an environment did before. The callables are imported by
-the workers: functions (or functools.partial of them) of a module, not of the script that is being run.
+An environment is a gymnasium.Env with a method `set_task(data)`, called before `reset`. `info["task"]` of its reset, a
+vector, is the ground truth of the task, and `info["success"]` of its steps the success, where it gives them. Its random
+numbers come from `reset(seed=...)`, which gets a seed at the beginning of every meta-episode, so that results depend
+neither on the number of workers nor on what an environment did before. The callables are imported by the workers:
+functions (or functools.partial of them) of a module, not of the script that is being run.
 
 There are as many workers as cores, with several environments each. Observations and actions travel through one block
 of shared memory; a socket carries a command to a worker and its answer back, and reports, by its end, that one died.
@@ -34,6 +34,7 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
+from gymnasium.spaces import Box
 
 
 class WorkerError(RuntimeError):
@@ -50,7 +51,7 @@ class WorkerVectorEnv:
         whatever the split: the ground truth begins with a one-hot code over them (left out where there is one).
     tasks: list of (family, name, data) of this split; `envs.tasks` calls them "family/name".
     spaces: (observation_space, action_space) of every environment; None asks one, made here and closed again.
-    num_workers: W; None means one per core, and never more than N.
+    num_workers: W; None means one per core that we may use. Never more than N.
     timeout: seconds that one step, or the reset of one environment, may take before it counts as hung.
     Raises WorkerError when an environment raises, or a worker dies or hangs: no worker is left by then.
     """
@@ -83,7 +84,7 @@ class WorkerVectorEnv:
         self.resets = 0
         self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
 
-        chunks = np.array_split(np.arange(num_envs), min(num_workers or os.cpu_count(), num_envs))
+        chunks = np.array_split(np.arange(num_envs), min(num_workers or _cores(), num_envs))
         self._rows = [chunk.tolist() for chunk in chunks]  # which environments each worker serves
         shapes = (num_envs, len(chunks), *_shapes(self.single_observation_space, self.single_action_space))
         # Unlinked from birth: whatever happens to us, no file stays behind.
@@ -92,10 +93,11 @@ class WorkerVectorEnv:
             self._block = _block(file.fileno(), *shapes)
             setup = pickle.dumps((families, shapes))
             self._workers = [_Worker(file.fileno(), number, setup, timeout) for number in range(len(chunks))]
+        self._block.busy[:] = -1
         self._stop = weakref.finalize(self, _stop, self._workers)  # also when collected, and at the interpreter's exit
         self._shared = SimpleNamespace(**{k: torch.from_numpy(v) for k, v in vars(self._block).items()})
-        bounded = hasattr(self.single_action_space, "low")
-        self._bounds = [torch.from_numpy(getattr(self.single_action_space, k)) for k in ("low", "high")] if bounded else ()
+        space = self.single_action_space
+        self._bounds = [torch.from_numpy(x) for x in (space.low, space.high)] if isinstance(space, Box) else []
         self._all = {ended: torch.full((num_envs,), ended, device=self.device) for ended in (False, True)}
 
     def reset(self, tasks=None):
@@ -159,6 +161,8 @@ class WorkerVectorEnv:
         self._stop()
 
     def _tell(self, worker, *command):
+        if not self._stop.alive:
+            raise RuntimeError("these environments are closed")
         try:
             worker.send(command)
         except OSError:
@@ -183,8 +187,6 @@ class WorkerVectorEnv:
         families = ", ".join(dict.fromkeys(self._current[i][0] for i in rows))
         which = f"environment {rows[0]}" if len(rows) == 1 else f"environments {rows[0]} to {rows[-1]}"
         what = what or worker.obituary()
-        for each in self._workers:
-            each.process.kill()
         self.close()
         error = WorkerError(f"{which} ({families}): {what}")
         for note in notes:
@@ -246,6 +248,10 @@ def _stop(workers):
         except subprocess.TimeoutExpired:
             worker.process.kill()
             worker.process.wait()
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _spaces_of(make):
