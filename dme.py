@@ -161,10 +161,11 @@ META_WORLD = dict(
     reward_decoder="mlp", decoder_layers=(64, 64, 32), reward_coef=10.0, state_coef=1000.0,
 )  # fmt: skip
 PRESETS = {
-    # VariBAD's authors keep the entropy's weight at 0.01; from 0.04, falling to that, no seed stops searching too early.
-    # A mean posterior decodes 30 of the 60 transitions, and their KL weighs 0.25: hence 30 / 0.25; for the point 150 / 15.
+    # The authors of variBAD keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
+    # A posterior decodes 30 of the 60 steps in the mean, and variBAD's KL weighs 0.25: 30 / 0.25; the point: 150 / 15.
     "GridWorld": dict(
-        time_limit="terminal", standardise_inputs=False, ent_coef=0.04, reward_coef=120.0, virtual_low=-0.1, virtual_high=1.0,
+        time_limit="terminal", standardise_inputs=False, ent_coef=0.04, reward_coef=120.0,
+        virtual_low=-0.1, virtual_high=1.0,
     ),
     "SparsePointRobot": dict(
         total_timesteps=50_000_000, horizon=100, episodes_per_task=3, eval_interval=25, checkpoint_interval=25,

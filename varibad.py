@@ -140,7 +140,7 @@ META_WORLD = dict(
     reward_decoder="mlp", decoder_layers=(64, 64, 32), reward_coef=10.0, state_coef=1000.0, kl_coef=1.0,
 )  # fmt: skip
 PRESETS = {
-    # The authors keep the entropy's weight at 0.01; from 0.04, falling to that, no seed stops searching too early.
+    # The authors keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
     "GridWorld": dict(time_limit="terminal", standardise_inputs=False, ent_coef=0.04),
     "SparsePointRobot": dict(
         total_timesteps=50_000_000, horizon=100, episodes_per_task=3, eval_interval=25, checkpoint_interval=25,
