@@ -100,7 +100,9 @@ class Args:
     # belief model
     no_belief: bool = False  # zeros in place of the belief: the floor that any claim of adaptation has to beat
     oracle_context: bool = False  # the true task in place of the belief: the ceiling
+    belief_warmup: int = 0  # steps for which the policy sees zeros while the belief model learns (ours)
     belief_learning_rate: float = 1e-3  # Adam's step size for encoder and decoders
+    belief_anneal_lr: bool = False  # let it fall linearly to 0, so that the belief settles (ours)
     belief_updates: int = 3  # gradient steps per iteration
     belief_batch: int = 25  # meta-episodes per gradient step (B)
     belief_max_grad_norm: float = 0.0  # clip of the gradient's norm, for each of encoder and decoders; 0 = off
@@ -201,6 +203,7 @@ def check_args(args):
             raise BadInput(f"{flag(name)} must be above 0, not {getattr(args, name)}")
     for name in (
         "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
+        "belief_warmup "
         "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef"
     ).split():
         if not 0 <= getattr(args, name) < math.inf:
@@ -700,8 +703,8 @@ class Buffer:
 # ---------- 8. Rollout ----------
 
 
-def rollout(envs, agent, model, args, tasks=None, deterministic=False):
-    """One meta-episode in every environment, from a reset and the prior belief.
+def rollout(envs, agent, model, args, blind, tasks=None, deterministic=False):
+    """One meta-episode in every environment, from a reset and the prior belief; blind: with zeros in its place.
 
     Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, terminated, alive, success (T, N),
     beliefs (T + 1, N, .), task (N, G), and env_seconds, the time spent in `envs.step`.
@@ -726,7 +729,7 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False):
         for t in range(T + 1):
             if args.oracle_context:
                 belief = data["task"]
-            elif args.no_belief:
+            elif blind:
                 belief = data["beliefs"][0]  # zeros
             else:
                 belief = model.belief(hidden, deterministic)
@@ -743,7 +746,7 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False):
             for name in ("alive", "success"):
                 if name in info:
                     data[name][t] = info[name]
-            if not (args.oracle_context or args.no_belief):
+            if not (args.oracle_context or blind):
                 hidden = model.step(action, info["final_obs"], reward, hidden)
     return data | dict(env_seconds=env_seconds)
 
@@ -751,7 +754,7 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False):
 # ---------- 9. Evaluation ----------
 
 
-def evaluate(eval_envs, agent, model, args):
+def evaluate(eval_envs, agent, model, args, blind):
     """Every evaluation task of every split once, over its K episodes, with random numbers of its own.
 
     eval_envs: split -> environments. Returns scalars by key, and per task what each episode returned and whether it
@@ -768,7 +771,7 @@ def evaluate(eval_envs, agent, model, args):
             for first in range(0, len(names), envs.num_envs):
                 chunk = names[first : first + envs.num_envs]
                 padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
-                data = rollout(envs, agent, model, args, tasks=padded, deterministic=not args.eval_sample)
+                data = rollout(envs, agent, model, args, blind, padded, deterministic=not args.eval_sample)
                 episodes = (envs.episodes_per_task, envs.horizon, envs.num_envs)
                 returns = data["rewards"].view(episodes).sum(1).T.tolist()
                 success = data["success"].view(episodes).any(1).float().T.tolist()
@@ -824,7 +827,7 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
     if args.reward_decoder != "multihead" or args.no_belief or args.oracle_context:
         return
     names = [envs.tasks[i % len(envs.tasks)] for i in range(envs.num_envs)]
-    data = rollout(envs, agent, model, args, tasks=names, deterministic=True)
+    data = rollout(envs, agent, model, args, False, names, deterministic=True)
     with torch.no_grad():
         maps = model.reward_decoder(data["beliefs"][..., : args.latent_dim]).sigmoid()  # (T + 1, N, cells) at the mean
     for n in range(0, len(names), math.ceil(len(names) / 3)):
@@ -941,7 +944,8 @@ def train(args, envs, eval_envs, device, folder, state):
 
     if args.evaluate:
         load_modules(args.evaluate, state, dict(agent=agent, model=model))
-        scalars, details = evaluate(eval_envs, agent, model, args)
+        blind = args.no_belief or state["global_step"] < args.belief_warmup
+        scalars, details = evaluate(eval_envs, agent, model, args, blind)
         write_evaluation(folder, state["global_step"], scalars, details)
         draw_pictures(folder, eval_envs, details, agent, model, args)
         for key, value in scalars.items():
@@ -966,7 +970,7 @@ def train(args, envs, eval_envs, device, folder, state):
         signal.signal(number, lambda n, _: os._exit(128 + n) if signals else signals.append(n))
     steps = args.num_envs * envs.meta_horizon
     iterations = max(1, args.total_timesteps // steps)
-    context = args.no_belief or args.oracle_context
+    learns_belief = not (args.no_belief or args.oracle_context)
     progress = tqdm(total=iterations * steps, initial=global_step, unit=" steps", unit_scale=True, mininterval=1)
     started, first_step, results = time.time(), global_step, {}
 
@@ -974,10 +978,12 @@ def train(args, envs, eval_envs, device, folder, state):
         iteration += 1
         left = 1 - (iteration - 1) / iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
+        belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
         ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
         clock = [time.perf_counter()]
 
-        data = rollout(envs, agent, model, args)
+        blind = args.no_belief or global_step < args.belief_warmup
+        data = rollout(envs, agent, model, args, blind)
         global_step += steps
         clock.append(time.perf_counter())
 
@@ -995,10 +1001,11 @@ def train(args, envs, eval_envs, device, folder, state):
         # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
         alive = data["alive"].flatten()
         agent.obs_norm.update(data["obs"].flatten(0, 1), alive)
-        agent.belief_norm.update(data["beliefs"][:-1].flatten(0, 1), alive)
+        if not blind:
+            agent.belief_norm.update(data["beliefs"][:-1].flatten(0, 1), alive)
         clock.append(time.perf_counter())
 
-        if not context:
+        if learns_belief:
             if args.standardise_inputs:  # the changes fall with the number of steps: the model's inputs soon hold still
                 model.obs_norm.update(data["next_obs"].flatten(0, 1), alive)
                 model.reward_norm.update(data["rewards"].view(-1, 1), alive)
@@ -1025,7 +1032,8 @@ def train(args, envs, eval_envs, device, folder, state):
             progress.set_postfix({key: f"{value:.2f}" for key, value in results.items()})
         due = args.eval_interval > 0 and iteration % args.eval_interval == 0
         if eval_envs and (due or iteration == iterations):
-            scalars, details = evaluate(eval_envs, agent, model, args)
+            blind = args.no_belief or global_step < args.belief_warmup
+            scalars, details = evaluate(eval_envs, agent, model, args, blind)
             metrics.write(scalars, global_step)
             write_evaluation(folder, global_step, scalars, details)
             results |= {"test return": scalars["eval/test/return"], "test success": scalars["eval/test/success_rate"]}
