@@ -800,7 +800,7 @@ class Buffer:
 # ---------- 8. Rollout ----------
 
 
-def rollout(envs, agent, model, args, blind, tasks=None, deterministic=False, virtual=False):
+def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=False, virtual=False):
     """One meta-episode in every environment, from a reset and the prior belief; blind: with zeros in its place.
 
     virtual: the rewards are those that the decoder gives under a task drawn from the prior for each environment (11);
@@ -862,7 +862,7 @@ def rollout(envs, agent, model, args, blind, tasks=None, deterministic=False, vi
 # ---------- 9. Evaluation ----------
 
 
-def evaluate(eval_envs, agent, model, args, blind):
+def evaluate(eval_envs, agent, model, args, blind=False):
     """Every evaluation task of every split once, over its K episodes, with random numbers of its own.
 
     eval_envs: split -> environments. Returns scalars by key, and per task what each episode returned and whether it

@@ -703,7 +703,7 @@ class Buffer:
 # ---------- 8. Rollout ----------
 
 
-def rollout(envs, agent, model, args, blind, tasks=None, deterministic=False):
+def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=False):
     """One meta-episode in every environment, from a reset and the prior belief; blind: with zeros in its place.
 
     Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, terminated, alive, success (T, N),
@@ -754,7 +754,7 @@ def rollout(envs, agent, model, args, blind, tasks=None, deterministic=False):
 # ---------- 9. Evaluation ----------
 
 
-def evaluate(eval_envs, agent, model, args, blind):
+def evaluate(eval_envs, agent, model, args, blind=False):
     """Every evaluation task of every split once, over its K episodes, with random numbers of its own.
 
     eval_envs: split -> environments. Returns scalars by key, and per task what each episode returned and whether it
