@@ -7,11 +7,11 @@ from common.envs import TensorEnvs
 
 SIZE = 5
 MOVES = [[0, 0], [0, 1], [1, 0], [0, -1], [-1, 0]]  # stay, y + 1, x + 1, y - 1, x - 1
-GOALS = [[x, y] for x in range(SIZE) for y in range(SIZE) if x > 1 or y > 1]  # 21: not in the corner of the start
+GOALS = [[x, y] for x in range(SIZE) for y in range(SIZE) if x > 1 or y > 1]  # 21: none next to the start
 
 
 class GridWorld(TensorEnvs):
-    """obs (x, y), from (0, 0); +1 when the cell after the move is the goal, else -0.1; both splits hold all 21 goals."""
+    """obs (x, y), from (0, 0); +1 where the move ends on the goal, else -0.1; both splits hold all 21 goals."""
 
     obs_dim = 2
     num_cells = SIZE * SIZE

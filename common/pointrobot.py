@@ -1,4 +1,4 @@
-"""SparsePointRobot: a point in the plane looks for a goal on a half circle (variBAD's SparsePointEnv), on the device."""
+"""SparsePointRobot: a point looks for a goal on a half circle (variBAD's SparsePointEnv), on the device."""
 
 import math
 

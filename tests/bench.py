@@ -1,0 +1,182 @@
+"""What things cost here, as ratios measured in one run: python -m tests.bench [metaworld] [scripts] [--seconds 60]
+
+The contestants take turns, round by round, and a ratio is the median of the rounds' ratios: what else the machine does
+meets all of them. For numbers to quote, let it do nothing else.
+"""
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import gymnasium
+import numpy as np
+
+
+def memory(pids):
+    """Proportional set size of processes in MB: pages that several share count once."""
+    total = 0
+    for pid in pids:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            total += sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+    return total / 1024
+
+
+def physics(pipe, families):
+    """In a process of its own: at each message, bare MuJoCo for half a second; answers with environment steps/s.
+
+    A step is 5 mj_step and the mj_forward that the observation needs, with random controls; no Python beyond that.
+    """
+    import mujoco
+
+    from common.metaworld import benchmark_tasks, make_sawyer
+
+    _, tasks = benchmark_tasks("ML10", "", 1)
+    task = {family: task for family, _, task in tasks["train"]}
+    envs = [make_sawyer(family) for family in families]
+    for env, family in zip(envs, families):
+        env.set_task(task[family])
+        env.reset()
+    rng = np.random.default_rng(0)
+    while pipe.recv():
+        steps, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < 0.5:
+            for env in envs:
+                env.data.ctrl[:] = rng.uniform(-1, 1)
+                mujoco.mj_step(env.model, env.data, nstep=5)
+                mujoco.mj_forward(env.model, env.data)
+            steps += len(envs)
+        pipe.send(steps / (time.perf_counter() - begin))
+
+
+def bench_metaworld(seconds, num_envs=20, horizon=500):
+    """Steps/s on ML10's train tasks with random actions, an episode and its reset a round, and memory of the processes.
+
+    Contestants: metaworld's own asynchronous vectorisation, one process an environment; ours, one a core; and bare
+    physics on every core, for the environments that a worker of ours has.
+    """
+    import metaworld  # noqa: F401, registers its environments
+
+    actions = np.random.default_rng(0).uniform(-1, 1, (horizon, num_envs, 4)).astype(np.float32)
+    # First, so that its processes, which are forks of this one, do not inherit torch.
+    theirs = gymnasium.make_vec("Meta-World/ML10-train", vector_strategy="async", seed=1, meta_batch_size=num_envs)
+    theirs.call("toggle_sample_tasks_on_reset", True)  # a new task at each reset, as metaworld's own training has it
+    theirs.reset()
+
+    import torch
+
+    from common.metaworld import benchmark_tasks, make_metaworld
+
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    families, _ = benchmark_tasks("ML10", "", 1)
+    print(f"metaworld: tasks of ML10 made in {time.perf_counter() - begin:.1f} s", end="", flush=True)
+    begin = time.perf_counter()
+    benchmark_tasks("ML45", "", 1)
+    print(f", of ML45 in {time.perf_counter() - begin:.1f} s", flush=True)
+    ours = make_metaworld("ML10", num_envs, horizon=horizon, episodes_per_task=3)
+    tensors = torch.from_numpy(actions)
+    context, cores, pipes = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0)), []
+    for k in range(cores):
+        pipe, other = context.Pipe()
+        its = [families[i % 10] for i in np.array_split(np.arange(num_envs), cores)[k]]
+        context.Process(target=physics, args=(other, its), daemon=True).start()
+        pipes.append(pipe)
+
+    def run_theirs():
+        for action in actions:
+            theirs.step(action)
+        return actions.shape[0] * num_envs
+
+    def run_ours():
+        if ours.elapsed == ours.meta_horizon:
+            ours.reset()
+        for action in tensors:
+            ours.step(action)
+        return actions.shape[0] * num_envs
+
+    def timed(run):
+        begin = time.perf_counter()
+        return run() / (time.perf_counter() - begin)
+
+    def run_physics():
+        for pipe in pipes:
+            pipe.send(True)
+        return sum(pipe.recv() for pipe in pipes)
+
+    ours.reset()
+    for action in tensors[:50]:
+        ours.step(action)
+    ours.elapsed = ours.meta_horizon  # let the first round begin with new tasks
+    run_physics()
+    rounds, begin = [], time.perf_counter()
+    while len(rounds) < 3 or time.perf_counter() - begin < seconds:
+        rounds.append((timed(run_theirs), timed(run_ours), run_physics()))
+        print("  steps/s: {:7,.0f} async {:7,.0f} ours {:7,.0f} physics".format(*rounds[-1]), flush=True)
+    a, o, p = (statistics.median(x) for x in zip(*rounds))
+    sizes = memory(process.pid for process in theirs.processes), memory(worker.process.pid for worker in ours._workers)
+    print(
+        f"metaworld: ML10, {num_envs} environments, {cores} cores, medians of {len(rounds)} rounds\n"
+        f"  steps/s          {a:,.0f} async, {o:,.0f} ours, {p:,.0f} bare physics\n"
+        f"  ours / async     {statistics.median(o / a for a, o, _ in rounds):.2f}  (wanted: 3.5)\n"
+        f"  ours / physics   {statistics.median(o / p for _, o, p in rounds):.2f}  (wanted: 0.35)\n"
+        f"  memory           {sizes[0]:,.0f} MB async, {sizes[1]:,.0f} MB ours"
+    )
+    for pipe in pipes:
+        pipe.send(False)
+    ours.close()
+    theirs.close()
+
+
+def bench_scripts(seconds):
+    """Training steps/s of each script with its preset, evaluation aside, and where an iteration's time goes."""
+    for script, env_id in itertools.product(("varibad.py", "dme.py"), ("GridWorld", "SparsePointRobot", "ML10")):
+        steps = round(seconds / 6 * (1_500 if env_id == "ML10" else 10_000))  # a sixth of the time for each
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable,
+                script,
+                "--env-id",
+                env_id,
+                "--total-timesteps",
+                str(steps),
+                "--eval-interval",
+                "-1",
+            ]
+            subprocess.run([*command, "--run-dir", folder], check=True, capture_output=True)
+            with open(f"{folder}/metrics.csv") as file:
+                rows = [
+                    (key, float(value)) for _, key, value in csv.reader(file) if key.startswith(("charts/SPS", "time/"))
+                ]
+        rate = [value for key, value in rows if key == "charts/SPS"][-1]
+        share = {
+            k: statistics.median(v for key, v in rows if key == f"time/{k}")
+            for k in ("env", "rollout", "belief", "ppo")
+        }
+        text = ", ".join(f"{name} {value:.0%}" for name, value in share.items())
+        print(
+            f"{script} --env-id {env_id}: {rate:,.0f} steps/s; {text} (environments are part of the rollout)",
+            flush=True,
+        )
+
+
+BENCHMARKS = {"metaworld": bench_metaworld, "scripts": bench_scripts}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="all, if none is named")
+    parser.add_argument("--seconds", type=float, default=40, help="of measuring, for each; making things comes on top")
+    args = parser.parse_args()
+    for name in args.which or BENCHMARKS:
+        BENCHMARKS[name](args.seconds)
+
+
+if __name__ == "__main__":
+    main()
