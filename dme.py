@@ -266,6 +266,7 @@ class RunningNorm(nn.Module):
         self.min_std = min_std
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.ones(size))
+        self.register_buffer("std", torch.ones(size))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
@@ -279,10 +280,7 @@ class RunningNorm(nn.Module):
         delta = mean - self.mean
         self.var += weight * (var - self.var + delta.square() * (1 - weight))
         self.mean += weight * delta
-
-    @property
-    def std(self):
-        return self.var.sqrt().clamp(min=self.min_std)
+        self.std.copy_(self.var.sqrt().clamp(min=self.min_std))
 
     def forward(self, x):
         return (x - self.mean) / self.std
@@ -733,8 +731,9 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     log = []
     for _ in range(args.update_epochs):
         order = torch.randperm(len(alive), device=alive.device)
-        for start in range(0, len(alive), size):
-            mb = {name: x[order[start : start + size]] for name, x in b.items()}
+        shuffled = {name: x[order].split(size) for name, x in b.items()}
+        for i in range(args.num_minibatches):
+            mb = {name: parts[i] for name, parts in shuffled.items()}
             weight = mb["alive"].float() / mb["alive"].float().sum().clamp(min=1)
             logprob, entropy, value = agent(mb["obs"], mb["beliefs"], mb["actions"])
             logratio = logprob - mb["logprobs"]
