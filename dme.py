@@ -910,10 +910,9 @@ def make_eval_envs(args, device):
     """Evaluation environments by split; only the test split where both hold the same tasks."""
     made = {}
     for split in ("test", "train"):
-        envs = make_args_envs(args, args.num_envs, split, device)
-        if split == "train" and envs.tasks == made["test"].tasks:
-            envs.close()
+        if split == "train" and getattr(made["test"], "same_splits", False):
             break
+        envs = make_args_envs(args, args.num_envs, split, device)
         count = len(eval_names(envs, args))
         size = math.ceil(count / math.ceil(count / args.num_envs))  # rounds of equal size
         if size != args.num_envs:

@@ -15,6 +15,7 @@ class GridWorld(TensorEnvs):
 
     obs_dim = 2
     num_cells = SIZE * SIZE
+    same_splits = True
     single_action_space = Discrete(len(MOVES))
     tasks = [f"GridWorld/{x},{y}" for x, y in GOALS]
     task_table = torch.tensor(GOALS, dtype=torch.float32)

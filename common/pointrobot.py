@@ -20,6 +20,7 @@ class SparsePointRobot(TensorEnvs):
     """
 
     obs_dim = 2
+    same_splits = True
     single_action_space = Box(-1, 1, (2,), np.float32)
     tasks = [f"SparsePointRobot/{math.degrees(angle):.2f}" for angle in ANGLES]
     task_table = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in ANGLES], dtype=torch.float32)

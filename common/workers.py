@@ -209,7 +209,7 @@ class _Worker:
             pass_fds=(theirs.fileno(), block),
             stdin=subprocess.DEVNULL,
             env={**os.environ, **one_thread},
-            start_new_session=True,  # Ctrl-C and signals to the group reach the parent alone, which decides
+            process_group=0,  # Ctrl-C and signals to the group reach the parent alone, which decides
         )
         theirs.close()
         self.stream = ours.makefile("rwb")
