@@ -110,7 +110,7 @@ class Args:
     belief_updates: int = 3  # gradient steps per iteration
     belief_batch: int = 25  # meta-episodes per gradient step (B)
     belief_max_grad_norm: float = 0.0  # clip of the gradient's norm, for each of encoder and decoders; 0 = off
-    buffer_size: int = 100_000  # meta-episodes kept for the belief model
+    buffer_size: int = 100_000  # meta-episodes kept for the belief model; as many as --num-envs: on-policy
     precollect: int = 5_000  # steps before the first gradient step
     action_embed: int = 0  # embedding of the action in encoder and decoders; 0 = not an input
     state_embed: int = 8  # embedding of the state
@@ -161,6 +161,7 @@ META_WORLD = dict(
     std_min=0.5, std_max=1.5, belief_updates=3, belief_batch=10, belief_max_grad_norm=1.0, buffer_size=1000,
     action_embed=16, state_embed=32, reward_embed=16, hidden_dim=256, tbptt=50, elbo_terms=100, decode_terms=100,
     reward_decoder="mlp", decoder_layers=(64, 64, 32), reward_coef=10.0, state_coef=1000.0,
+    decoder_dropout=0.7,
 )  # fmt: skip
 PRESETS = {
     # The authors of variBAD keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
@@ -182,7 +183,7 @@ PRESETS = {
 }  # fmt: skip
 SMALL_ML = dict(
     num_envs=20, horizon=200, num_minibatches=12, learning_rate=2.5e-4, clip_coef=0.2, std_init=0.7, std_min=0.2,
-    hidden_dim=128, elbo_terms=25, decode_terms=50,
+    hidden_dim=128, elbo_terms=25, decode_terms=50, decoder_dropout=0.0,
 )  # fmt: skip
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
     "ML1": SMALL_ML | dict(  # its tasks differ in rewards alone: no state decoder, and the steps that the belief needs

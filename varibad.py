@@ -106,7 +106,7 @@ class Args:
     belief_updates: int = 3  # gradient steps per iteration
     belief_batch: int = 25  # meta-episodes per gradient step (B)
     belief_max_grad_norm: float = 0.0  # clip of the gradient's norm, for each of encoder and decoders; 0 = off
-    buffer_size: int = 100_000  # meta-episodes kept for the belief model
+    buffer_size: int = 100_000  # meta-episodes kept for the belief model; as many as --num-envs: on-policy
     precollect: int = 5_000  # steps before the first gradient step
     action_embed: int = 0  # embedding of the action in encoder and decoders; 0 = not an input
     state_embed: int = 8  # embedding of the state
