@@ -97,6 +97,9 @@ class Args:
     policy_layers: tuple[int, ...] = (32,)  # hidden layers (tanh) of actor and critic
     obs_embed: int = 16  # policy's embedding of the observation
     belief_embed: int = 16  # policy's embedding of each part of the belief
+    # Training moves all states of a meta-episode by one random constant, this times the deviation of first states, so that
+    # nobody tells the few training tasks by where things happen to stand (ours).
+    obs_shift: float = 0.0
     std_init: float = 1.0  # deviation of a continuous action at the start
     std_min: float = 0.01  # its lower bound, reached softly
     std_max: float = 2.0  # its upper bound
@@ -187,7 +190,7 @@ SMALL_ML = dict(
 )  # fmt: skip
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
     "ML1": SMALL_ML | dict(  # its tasks differ in rewards alone: no state decoder, and the steps that the belief needs
-        num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, eval_tasks=0, eval_interval=20,
+        num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, eval_tasks=0, eval_interval=20, obs_shift=2.0,
         belief_updates=30, belief_batch=20, belief_learning_rate=2e-3, hidden_dim=64, elbo_terms=8, decode_terms=150,
         state_coef=0.0,
     ),
@@ -229,7 +232,7 @@ def check_args(args):
             raise BadInput(f"{flag(name)} must be above 0, not {getattr(args, name)}")
     for name in (
         "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
-        "belief_warmup "
+        "belief_warmup obs_shift "
         "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef beta_w beta_y "
         "beta_z"
     ).split():
@@ -313,7 +316,7 @@ class Agent(nn.Module):
         super().__init__()
         self.belief_sizes = list(belief_sizes)
         self.obs_norm, self.belief_norm = RunningNorm(obs_dim), RunningNorm(sum(belief_sizes))
-        self.return_norm = RunningNorm(1)
+        self.return_norm, self.first_norm = RunningNorm(1), RunningNorm(obs_dim)
         self.obs_embed = nn.Linear(obs_dim, args.obs_embed)
         self.belief_embeds = nn.ModuleList(nn.Linear(size, args.belief_embed) for size in belief_sizes)
         self.discrete = hasattr(action_space, "n")
@@ -824,6 +827,11 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
     env_seconds = 0.0
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
+        data["first_obs"] = obs.clone()
+        shift = torch.zeros_like(obs)
+        if args.obs_shift and agent.training:
+            spread = agent.first_norm.var.sqrt() * (agent.first_norm.count > 0)
+            shift = args.obs_shift * spread * torch.randn_like(obs)
         data["task"] = info["task"].clone()
         hidden = torch.zeros(N, args.hidden_dim, device=device)
         z_virtual = gaussian(*model.prior(N)[2:]) if virtual else None
@@ -840,22 +848,23 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             data["beliefs"][t] = belief
             if t == T:
                 break
-            data["obs"][t] = obs
+            data["obs"][t] = obs = obs + shift
             action = agent.act(obs, belief, deterministic)
             start = time.perf_counter()
             obs, reward, terminated, _, info = envs.step(action)
             env_seconds += time.perf_counter() - start
+            next_obs = info["final_obs"] + shift
             data["true_rewards"][t] = reward
             if virtual:
-                x = data["obs"][t : t + 1], action[None], info["final_obs"][None]
+                x = data["obs"][t : t + 1], action[None], next_obs[None]
                 reward = decoded_reward(model, z_virtual, *x, args)[0]
-            data["next_obs"][t], data["actions"][t], data["rewards"][t] = info["final_obs"], action, reward
+            data["next_obs"][t], data["actions"][t], data["rewards"][t] = next_obs, action, reward
             data["terminated"][t] = terminated
             for name in ("alive", "success"):
                 if name in info:
                     data[name][t] = info[name]
             if not (args.oracle_context or blind):
-                hidden = model.step(action, info["final_obs"], reward, hidden)
+                hidden = model.step(action, next_obs, reward, hidden)
     return data | dict(env_seconds=env_seconds)
 
 
@@ -1124,6 +1133,7 @@ def train(args, envs, eval_envs, device, folder, state):
         # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
         alive = data["alive"].flatten()
         agent.obs_norm.update(data["obs"].flatten(0, 1), alive)
+        agent.first_norm.update(data["first_obs"], torch.ones_like(data["alive"][0]))
         if not blind:
             agent.belief_norm.update(data["beliefs"][:-1].flatten(0, 1), alive)
         clock.append(time.perf_counter())
