@@ -93,8 +93,8 @@ class Args:
     policy_layers: tuple[int, ...] = (32,)  # hidden layers (tanh) of actor and critic
     obs_embed: int = 16  # policy's embedding of the observation
     belief_embed: int = 16  # policy's embedding of each part of the belief
-    # Training moves all states of a meta-episode by one random constant, this times the deviation of first states, so that
-    # nobody tells the few training tasks by where things happen to stand (ours).
+    # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
+    # that nothing tells the few training tasks by where things happen to stand (ours).
     obs_shift: float = 0.0
     std_init: float = 1.0  # deviation of a continuous action at the start
     std_min: float = 0.01  # its lower bound, reached softly

@@ -91,9 +91,9 @@ class WorkerVectorEnv:
         with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
             file.truncate(_block_size(*shapes))
             self._block = _block(file.fileno(), *shapes)
+            self._block.busy[:] = -1
             setup = pickle.dumps((families, shapes))
             self._workers = [_Worker(file.fileno(), number, setup, timeout) for number in range(len(chunks))]
-        self._block.busy[:] = -1
         self._stop = weakref.finalize(self, _stop, self._workers)  # also when collected, and at the interpreter's exit
         self._shared = SimpleNamespace(**{k: torch.from_numpy(v) for k, v in vars(self._block).items()})
         space = self.single_action_space
@@ -139,7 +139,7 @@ class WorkerVectorEnv:
         self.elapsed += 1
         ended = self.elapsed % self.horizon == 0
         restart = ended and self.elapsed < self.meta_horizon  # after the last episode, reset() follows
-        self._shared.action.copy_(action)
+        self._shared.action.copy_(action.detach())
         if self._bounds:
             self._shared.action.clamp_(*self._bounds)
         for worker in self._workers:
@@ -371,6 +371,8 @@ def serve(socket_fd, block_fd, number):
                 answer.add_note(traceback.format_exc())
             pickle.dump(answer, stream)
             stream.flush()
+            if isinstance(answer, WorkerError):
+                stream.read()  # commands may be waiting: leave them, and `busy` as it is, until the parent hangs up
     except (EOFError, ConnectionError):  # the parent closed the socket, or is gone
         if server:
             server.close()

@@ -1,8 +1,8 @@
 """What a saved belief knows: python -m tests.probe runs/<run>/checkpoint.pt
 
-Rolls out the saved policy on the training and the held-out tasks; then, after e steps of a meta-episode: how much of the
-task's variance a linear probe reads from the belief (R^2 on held-out tasks, fitted on training tasks; 1 is all, 0 none),
-and the decoder's squared error on all rewards still to come, beside their variance.
+Rolls out the saved policy on the training and the held-out tasks. Then, after so many steps of a meta-episode: how much
+of the task's variance a linear probe reads from the belief (R^2 on held-out tasks, fitted on training tasks; 1 is all,
+0 none), and the decoder's squared error on all rewards still to come, beside their variance.
 """
 
 import dataclasses

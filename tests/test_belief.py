@@ -1,5 +1,6 @@
 """The belief models: encoder, decoders, ELBO and mixture against loops, torch.distributions and Monte Carlo."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,15 @@ TINY = dict(
     num_envs=3, horizon=3, episodes_per_task=2, num_minibatches=1, hidden_dim=6, latent_dim=2, policy_layers=(8,),
     decoder_layers=(7,), obs_embed=4, belief_embed=4, state_embed=3, reward_embed=8, buffer_size=20,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def signals():
+    """A run takes over the signals: hand them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def setup(script, env_id="GridWorld", **changes):
@@ -339,6 +349,7 @@ def test_what_the_policy_sees(policy_y, other):
     s = setup(dme, policy_y=policy_y, num_components=3, **other)
     with torch.no_grad():
         s.model.heads.bias[2:4] = -1.0  # w's log-variance
+        s.model.mixture[-1].bias += torch.randn(12)  # components that lie apart
         w_mean, w_logvar, z_mean, z_logvar = s.model.posterior(torch.zeros(1, 6))
         belief = s.model.belief(torch.zeros(20_000, 6))
         fixed = s.model.belief(torch.zeros(2, 6), deterministic=True)

@@ -9,7 +9,7 @@ import torch
 import dme
 import varibad
 from common.gridworld import GridWorld
-from tests.test_belief import SCRIPTS
+from tests.test_belief import SCRIPTS, signals  # noqa: F401
 
 KLS = {varibad: dict(kl_coef=0.01), dme: dict(beta_w=0.01, beta_y=0.005, beta_z=0.01)}
 
@@ -127,4 +127,3 @@ def test_belief_approaches_bayes(script):
     excluded, open_ = believed[~found][exact[~found] == 0], believed[~found][exact[~found] > 0]
     assert excluded.mean() < 0.1  # visited in vain
     assert open_.mean() == pytest.approx(exact[~found][exact[~found] > 0].mean(), abs=0.12)
-    print(found.mean(), excluded.mean(), open_.mean(), exact[~found][exact[~found] > 0].mean())

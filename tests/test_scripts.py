@@ -23,7 +23,7 @@ import torch
 import dme
 import varibad
 from common.envs import BadInput
-from tests.test_belief import SCRIPTS
+from tests.test_belief import SCRIPTS, signals  # noqa: F401
 
 ROOT = Path(varibad.__file__).parent
 IDS = ["GridWorld", "SparsePointRobot", "ML1-reach", "ML10", "ML45"]
@@ -36,15 +36,6 @@ HARD = dict(  # between them all that draws random numbers or keeps a state
     SparsePointRobot="--seed 3 --elbo-terms 4 --decode-terms 3 --tbptt 5 --state-coef 1 --decoder-dropout 0.2".split(),
 )
 HARD_DME = "--virtual both --virtual-rate 1 --policy-y sample --initial-belief prior".split()
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run takes over the signals: hand them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run(script, folder, *words, eval_interval=-1):
@@ -89,10 +80,7 @@ def metrics(folder):
 def trained(request, tmp_path_factory):
     """A finished run on the grid, evaluated every second iteration: the script and its folder."""
     folder = tmp_path_factory.mktemp(request.param.__name__) / "run"
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     run(request.param, folder, eval_interval=2)
-    for number, handler in handlers:
-        signal.signal(number, handler)
     return request.param, folder
 
 
