@@ -855,7 +855,9 @@ def save_checkpoint(path, state):
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
+        previous = path.with_name(path.name + ".previous")
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
     os.replace(temporary, path)
 
 
