@@ -104,6 +104,24 @@ def test_belief_starts_anew_with_each_meta_episode(script):
 
 
 @SCRIPTS
+def test_shifted_states(script):
+    """--obs-shift: in training one constant is added to all states of a meta-episode, of the stated deviation."""
+    s = setup(script, "SparsePointRobot", num_envs=500, buffer_size=500, obs_shift=1.5)
+    s.agent.first_norm.update(
+        torch.tensor([[0.0, 1.0], [2.0, 5.0]]), torch.ones(2, dtype=torch.bool)
+    )  # deviations 1, 2
+    data = script.rollout(s.envs, s.agent, s.model, s.args)
+    shift = data["obs"][0]
+    moved = torch.cat([0.1 * data["actions"].clamp(-1, 1)[k : k + 3].cumsum(0) for k in (0, 3)])
+    torch.testing.assert_close(data["next_obs"], shift + moved)
+    torch.testing.assert_close(data["obs"][[1, 2, 4, 5]], data["next_obs"][[0, 1, 3, 4]])
+    assert torch.equal(data["obs"][3], shift)
+    assert (shift.std(0) / torch.tensor([1.5, 3.0]) - 1).abs().max() < 4 / 1000**0.5
+    s.agent.eval()
+    assert not script.rollout(s.envs, s.agent, s.model, s.args)["obs"][0].any()
+
+
+@SCRIPTS
 @pytest.mark.parametrize("tbptt", [1, 2, 3, 6])
 def test_truncated_windows(script, tbptt):
     """Side-by-side windows: the plain pass's outputs, and the gradients of a loop that detaches every `tbptt` steps."""
@@ -456,7 +474,8 @@ def test_virtual_rollout(monkeypatch):
 
 def test_virtual_data_teaches_the_policy_alone(monkeypatch, tmp_path):
     """In a run where chance makes some iterations virtual, neither buffer nor normalisers get to see those."""
-    s = setup(dme, virtual_rate=1.0, precollect=1, total_timesteps=180, run_dir=str(tmp_path), eval_interval=-1)
+    options = dict(virtual_rate=1.0, precollect=1, total_timesteps=180, eval_interval=-1, standardise_inputs=True)
+    s = setup(dme, run_dir=str(tmp_path), **options)
     made, kept, scales, rollout, add = [], [], [], dme.rollout, dme.Buffer.add
 
     def recorded(*inputs, virtual):
@@ -470,5 +489,4 @@ def test_virtual_data_teaches_the_policy_alone(monkeypatch, tmp_path):
     real = [data["rewards"] for data in made if not data["virtual"]]
     assert 0 < len(real) < len(made) == 10 and not made[0]["virtual"]
     assert len(kept) == len(real) and all(a is b for a, b in zip(kept, real))
-    expected = [[0, sum(18 * (not data["virtual"]) for data in made[:i])] for i in range(10)]
-    assert scales == expected  # raw inputs on the grid: the model's own normaliser is never filled
+    assert scales == [[sum(18 * (not data["virtual"]) for data in made[:i])] * 2 for i in range(10)]

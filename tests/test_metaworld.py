@@ -140,27 +140,28 @@ def test_vector_environment_against_a_plain_loop(split):
     envs.close()
 
 
-def rollout(num_workers, fast=True, before=lambda envs: None):
-    envs = make_metaworld("ML1-push", 5, seed=0, horizon=10, episodes_per_task=1, num_workers=num_workers, fast=fast)
-    before(envs)
-    out = []
-    for _ in range(2):
-        obs, info = envs.reset()
-        out += [obs, info["task"]]
-        for action in torch.rand(10, 5, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1:
-            obs, reward, *_ = envs.step(action)
-            out += [obs, reward[:, None]]
-    envs.close()
+def play(envs):
+    """A meta-episode: everything that comes out, in one row."""
+    obs, info = envs.reset()
+    out = [obs, info["task"]]
+    for action in torch.rand(10, 5, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1:
+        obs, reward, *_ = envs.step(action)
+        out += [obs, reward[:, None]]
     return torch.cat([x.flatten() for x in out])
 
 
 def test_workers_evaluations_and_the_slow_path_change_nothing():
-    first = rollout(num_workers=1)
-    assert torch.equal(first, rollout(num_workers=3))
-    assert torch.equal(first, rollout(num_workers=2, fast=False))
-    assert torch.equal(first, rollout(num_workers=2, before=lambda envs: envs.reset(tasks=envs.tasks[:5])))
-    later = rollout(num_workers=2, before=lambda envs: envs.load_state_dict({"resets": 1}))
-    assert torch.equal(later[: 5 * 39], first[len(first) // 2 :][: 5 * 39]), "the second reset, resumed"
+    sizes = {"seed": 0, "horizon": 10, "episodes_per_task": 1}
+    envs = make_metaworld("ML1-push", 5, **sizes, num_workers=1)
+    first, second = play(envs), play(envs)
+    envs.close()
+    assert not torch.equal(first, second)
+    envs = make_metaworld("ML1-push", 5, **sizes, num_workers=3, fast=False)
+    envs.reset(tasks=envs.tasks[:5])
+    assert torch.equal(play(envs), first) and torch.equal(play(envs), second)
+    envs.load_state_dict({"resets": 1})
+    assert torch.equal(play(envs), second), "a resumed run goes on with other tasks"
+    envs.close()
 
 
 def vectors(tasks):
