@@ -189,7 +189,7 @@ def parse_args(argv=None):
     else:
         family = known.env_id.split("-")[0]
         defaults = PRESETS.get(family, PRESETS["SparsePointRobot"]) | ({} if known.cuda else SMALL.get(family, {}))
-    return tyro.cli(Args, args=argv, default=Args(**defaults), config=(tyro.conf.FlagCreatePairsOff,))
+    return tyro.cli(Args, args=argv, default=Args(**defaults))
 
 
 def flag(name):
@@ -227,6 +227,10 @@ def check_args(args):
         raise BadInput(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}: no iteration fits")
     if not args.std_min < args.std_init < args.std_max < math.inf:
         raise BadInput(f"--std-init {args.std_init} must lie inside --std-min {args.std_min}, --std-max {args.std_max}")
+    if args.seed >= 2**63:
+        raise BadInput(f"--seed must be below 2**63, not {args.seed}")
+    if args.resume and args.evaluate:
+        raise BadInput("--resume and --evaluate exclude each other")
     if args.no_belief and args.oracle_context:
         raise BadInput("--no-belief and --oracle-context exclude each other")
     if args.cuda and not torch.cuda.is_available():
@@ -607,7 +611,8 @@ def gae(rewards, values, terminated, alive, args):
     for t in reversed(range(T)):
         step = rewards[t] + args.gamma * next_value - values[t] + args.gamma * args.gae_lambda * advantage
         if args.time_limit == "episode" and (t + 1) % args.horizon == 0:
-            step = torch.zeros_like(step)  # the authors' "proper time limits": target = value, no credit from beyond
+            # The authors' "proper time limits": target = value; after an early end, terminal; no credit from beyond.
+            step, advantage, next_value = torch.zeros(3, *step.shape, device=step.device)
         advantage = torch.where(alive[t], step, advantage)
         next_value = torch.where(alive[t], values[t], next_value)
         advantages[t] = advantage
@@ -729,7 +734,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
         obs, info = envs.reset(tasks)
         data["first_obs"] = obs.clone()
         shift = torch.zeros_like(obs)
-        if args.obs_shift and agent.training:
+        if args.obs_shift and agent.training and not args.oracle_context:  # the oracle knows where the goal stands
             spread = agent.first_norm.var.sqrt() * (agent.first_norm.count > 0)
             shift = args.obs_shift * spread * torch.randn_like(obs)
         data["task"] = info["task"].clone()
@@ -834,8 +839,10 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
     envs = eval_envs["test"]
     if args.reward_decoder != "multihead" or args.no_belief or args.oracle_context:
         return
-    names = [envs.tasks[i % len(envs.tasks)] for i in range(envs.num_envs)]
+    names = [envs.tasks[i * len(envs.tasks) // envs.num_envs] for i in range(envs.num_envs)]
+    agent.eval(), model.eval()
     data = rollout(envs, agent, model, args, False, names, deterministic=True)
+    agent.train(), model.train()
     with torch.no_grad():
         maps = model.reward_decoder(data["beliefs"][..., : args.latent_dim]).sigmoid()  # (T + 1, N, cells) at the mean
     for n in range(0, len(names), math.ceil(len(names) / 3)):
@@ -872,8 +879,8 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         script = state.get("script") if isinstance(state, dict) else None
         raise BadInput(f"{path} is a checkpoint of {script or 'another program'}, not of {SCRIPT}")
-    if set(state["args"]) != {field.name for field in fields(Args)}:
-        odd = set(state["args"]) ^ {field.name for field in fields(Args)}
+    odd = set(state.get("args", {})) ^ {field.name for field in fields(Args)}
+    if odd:
         raise BadInput(f"{path} comes from another version of {SCRIPT}: arguments differ in {', '.join(sorted(odd))}")
     return state
 
@@ -892,6 +899,8 @@ class Metrics:
     """metrics.csv (step, key, value), TensorBoard and, with --track, Weights & Biases: the same keys."""
 
     def __init__(self, folder, args, offset, step):
+        if not (folder / "metrics.csv").exists():  # a run resumed in another folder
+            offset = 0
         self.file = open(folder / "metrics.csv", "r+" if offset else "w", newline="")
         self.file.truncate(offset)  # rows after the checkpoint come again: none is lost or doubled
         self.file.seek(offset)
@@ -964,15 +973,25 @@ def train(args, envs, eval_envs, device, folder, state):
 
     iteration, global_step, offset = 0, 0, 0
     if state:
+        for name in ("env_id", "horizon", "episodes_per_task", "buffer_size"):
+            if getattr(args, name) != state["args"][name]:
+                raise BadInput(
+                    f"{flag(name)} {getattr(args, name)}: {args.resume} was saved with {state['args'][name]}"
+                )
         load_modules(args.resume, state, parts)
         iteration, global_step, offset = state["iteration"], state["global_step"], state["metrics_bytes"]
         torch.set_rng_state(state["rng"].cpu())
         if args.cuda:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
     state = None
-    folder.mkdir(parents=True, exist_ok=True)
     versions = {package: version(package) for package in ("torch", "mujoco", "metaworld", "gymnasium", "numpy")}
-    (folder / "config.json").write_text(json.dumps(dict(script=SCRIPT, **asdict(args), versions=versions), indent=2))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(
+            json.dumps(dict(script=SCRIPT, **asdict(args), versions=versions), indent=2)
+        )
+    except OSError as error:
+        raise BadInput(f"cannot write to the run's folder: {error}") from error
     metrics = Metrics(folder, args, offset, global_step)
 
     signals = []  # the first SIGINT or SIGTERM ends the run after this iteration, saved; the second one at once
@@ -982,7 +1001,7 @@ def train(args, envs, eval_envs, device, folder, state):
     iterations = max(1, args.total_timesteps // steps)
     learns_belief = not (args.no_belief or args.oracle_context)
     progress = tqdm(total=iterations * steps, initial=global_step, unit=" steps", unit_scale=True, mininterval=1)
-    started, first_step, results = time.time(), global_step, {}
+    started, first_step, results, details = time.time(), global_step, {}, None
 
     while iteration < iterations and not signals:
         iteration += 1
@@ -1060,7 +1079,7 @@ def train(args, envs, eval_envs, device, folder, state):
             except OSError as error:
                 progress.write(f"checkpoint not saved at step {global_step}: {error}; the last good one stays")
             state = None
-    if eval_envs and iteration == iterations:
+    if details and iteration == iterations:
         draw_pictures(folder, eval_envs, details, agent, model, args)
     progress.close()
     metrics.close()

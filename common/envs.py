@@ -79,11 +79,21 @@ def _load(path):
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module_name), name)
-    except ModuleNotFoundError as error:
+        module = importlib.import_module(module_name)
+    except (ModuleNotFoundError, ValueError, TypeError) as error:
         raise BadInput(f"env_id {path!r}: {error}") from error
-    except AttributeError as error:
-        raise BadInput(f"env_id {path!r}: module {module_name} has no {name!r}") from error
+    if not hasattr(module, name):
+        raise BadInput(f"env_id {path!r}: module {module_name} has no {name!r}")
+    return getattr(module, name)
+
+
+def check_tasks(envs, names):
+    """BadInput unless `names` are as many as there are environments, and all in `envs.tasks`."""
+    if len(names) != envs.num_envs:
+        raise BadInput(f"{len(names)} tasks for {envs.num_envs} environments")
+    for name in names:
+        if name not in envs.tasks:
+            raise BadInput(f"unknown task {name!r}: {envs.split} has {envs.tasks[0]} to {envs.tasks[-1]}")
 
 
 def uniforms(seed, split, resets, num_envs, dim):
@@ -125,6 +135,7 @@ class TensorEnvs:
             self.task = self.goals(torch.from_numpy(u).to(self.device))
             self.resets += 1
         else:
+            check_tasks(self, tasks)
             rows = [self.tasks.index(name) for name in tasks]
             self.task = self.task_table.to(self.device)[torch.tensor(rows, device=self.device)]
         self.elapsed = 0

@@ -84,16 +84,15 @@ class WorkerVectorEnv:
         self.resets = 0
         self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
 
-        chunks = np.array_split(np.arange(num_envs), min(num_workers or _cores(), num_envs))
-        self._rows = [chunk.tolist() for chunk in chunks]  # which environments each worker serves
-        shapes = (num_envs, len(chunks), *_shapes(self.single_observation_space, self.single_action_space))
+        num_workers = min(num_workers or _cores(), num_envs)
+        shapes = (num_envs, num_workers, *_shapes(self.single_observation_space, self.single_action_space))
         # Unlinked from birth: whatever happens to us, no file stays behind.
         with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
             file.truncate(_block_size(*shapes))
             self._block = _block(file.fileno(), *shapes)
             self._block.busy[:] = -1
             setup = pickle.dumps((families, shapes))
-            self._workers = [_Worker(file.fileno(), number, setup, timeout) for number in range(len(chunks))]
+            self._workers = [_Worker(file.fileno(), number, setup, timeout) for number in range(num_workers)]
         self._stop = weakref.finalize(self, _stop, self._workers)  # also when collected, and at the interpreter's exit
         self._shared = SimpleNamespace(**{k: torch.from_numpy(v) for k, v in vars(self._block).items()})
         space = self.single_action_space
@@ -104,7 +103,7 @@ class WorkerVectorEnv:
         """A new meta-episode. tasks: N names out of `envs.tasks`; None draws. Returns obs (N, S), info: task (N, G)."""
         import torch
 
-        from common.envs import BadInput, uniforms
+        from common.envs import check_tasks, uniforms
 
         if tasks is None:
             u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)
@@ -113,22 +112,26 @@ class WorkerVectorEnv:
             tasks = [self._names[family][int(x * len(self._names[family]))] for family, x in zip(families, u[:, 1])]
             seeds = [int(x * 2**32) for x in u[:, 1]]
         else:
-            unknown = [name for name in tasks if name not in self._task]
-            if unknown:
-                raise BadInput(f"unknown task {unknown[0]!r}: {self.split} has {self.tasks[0]} to {self.tasks[-1]}")
-            if len(tasks) != self.num_envs:
-                raise BadInput(f"{len(tasks)} tasks for {self.num_envs} environments")
+            check_tasks(self, tasks)
             seeds = range(self.num_envs)
         self._current = [self._task[name] for name in tasks]
+        # A family's environments go to one worker where they can: they share caches, and no worker needs all families.
+        order = sorted(range(self.num_envs), key=lambda i: self.families.index(self._current[i][0]))
+        self._rows = [rows.tolist() for rows in np.array_split(order, len(self._workers))]
+        for worker in self._workers:
+            self._tell(worker, "recall")
+        for worker in self._workers:
+            self._answer(worker)
         for worker, rows in zip(self._workers, self._rows):
             for i in rows:
                 family, _, data = self._current[i]
                 self._tell(worker, "reset", i, family, data, seeds[i])
-        truths = [self._answer(worker) for worker, rows in zip(self._workers, self._rows) for _ in rows]
+        truths = {i: self._answer(worker) for worker, rows in zip(self._workers, self._rows) for i in rows}
         self.elapsed = 0
         one_hot = np.eye(len(self.families))[[self.families.index(family) for family, _, _ in self._current]]
-        parts = [one_hot] * (len(self.families) > 1) + [np.stack(truths)] * (truths[0] is not None)
-        truth = np.concatenate(parts, axis=1) if parts else np.zeros((self.num_envs, 0))
+        truth = np.zeros((self.num_envs, 0)) if len(self.families) == 1 else one_hot
+        if truths[0] is not None:
+            truth = np.concatenate([truth, [truths[i] for i in range(self.num_envs)]], axis=1)
         obs = self._shared.obs.to(self.device, copy=True)
         return obs, {"task": torch.as_tensor(truth, dtype=torch.float32, device=self.device)}
 
@@ -183,9 +186,9 @@ class WorkerVectorEnv:
     def _fail(self, worker, what=None, *notes):
         """Ends all workers and raises what happened to which environment."""
         busy = int(self._block.busy[worker.number])
-        rows = [busy] if busy >= 0 else self._rows[worker.number]
+        rows = [busy] if busy >= 0 else sorted(self._rows[worker.number])
+        which = f"environment{'s' * (len(rows) > 1)} {', '.join(map(str, rows))}"
         families = ", ".join(dict.fromkeys(self._current[i][0] for i in rows))
-        which = f"environment {rows[0]}" if len(rows) == 1 else f"environments {rows[0]} to {rows[-1]}"
         what = what or worker.obituary()
         self.close()
         error = WorkerError(f"{which} ({families}): {what}")
@@ -304,24 +307,26 @@ class _Server:
     """The environments of one worker."""
 
     def __init__(self, setup, block_fd, number):
-        self.number, self.block = number, None
         self.families, shapes = pickle.loads(setup)
-        self.block = _block(block_fd, *shapes)
+        self.number, self.block = number, _block(block_fd, *shapes)
         self.running = {}  # row -> (family, environment)
         self.idle = defaultdict(list)  # family -> environments to be used again
         self.finished = set()  # rows whose episode ended before its time
 
+    def recall(self):
+        """The end of a meta-episode."""
+        for family, env in self.running.values():
+            self.idle[family].append(env)
+        self.running.clear()
+        self.finished.clear()
+
     def reset(self, i, family, data, seed):
         """A new task for environment i; returns its ground truth, or None."""
         self.block.busy[self.number] = i
-        if i in self.running:
-            previous, env = self.running.pop(i)
-            self.idle[previous].append(env)
         env = self.idle[family].pop() if self.idle[family] else self.families[family]()
         self.running[i] = family, env
         env.set_task(data)
         self.block.obs[i], info = env.reset(seed=seed)
-        self.finished.discard(i)
         self.block.busy[self.number] = -1
         return info.get("task")
 
@@ -333,7 +338,7 @@ class _Server:
             if i in self.finished:
                 block.reward[i] = block.terminated[i] = block.success[i] = block.alive[i] = 0
             else:
-                obs, reward, terminated, truncated, info = env.step(block.action[i])
+                obs, reward, terminated, truncated, info = env.step(block.action[i].copy())
                 block.final_obs[i] = obs
                 block.reward[i] = reward
                 block.terminated[i] = terminated
