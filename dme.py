@@ -566,10 +566,11 @@ def window(t, i, args):
     return future if args.decode_window == "future" else future & (i // args.horizon == t // args.horizon)
 
 
-def reconstruction(model, m, t, batch, args):
+def reconstruction(model, m, t, real, batch, args):
     """-log p(r | m_t, s, a, s') and -log p(s' | m_t, s, a), up to constants, in the mean over the pairs of `window`.
 
-    m (E, B, Z): samples of the posteriors number t (E, B). batch: raw transitions (T, B, .). Returns two scalars.
+    m (E, B, Z): samples of the posteriors number t (E, B), of which those count that are `real` (E, B).
+    batch: raw transitions (T, B, .). Returns two scalars.
     """
     T, B = batch["rewards"].shape
     device = m.device
@@ -584,24 +585,24 @@ def reconstruction(model, m, t, batch, args):
             batch[name][i, columns] for name in ("obs", "actions", "next_obs", "rewards", "alive")
         )
         x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
-        weight = (window(t[:, None], i, args) & alive).float()  # (E, D, B)
+        weight = (window(t[:, None], i, args) & alive & real[:, None]).float()  # (E, D, B)
         weight = weight / weight.sum().clamp(min=1)
     if args.reward_decoder == "mlp":
         predicted = model.reward_decoder(m, *x).squeeze(-1)
         reward_loss = ((predicted - reward).square() * weight).sum()
     else:
-        reward_loss = multihead_loss(model.reward_decoder(m), t, batch, model.cell, args)
+        reward_loss = multihead_loss(model.reward_decoder(m), t, real, batch, model.cell, args)
     if model.state_decoder:  # predicts the change of state: ahead of s' itself from the first step
         error = (model.state_decoder(m, *x) - (next_obs - obs)).square().mean(-1)
         state_loss = (error * weight).sum()
     return reward_loss, state_loss
 
 
-def multihead_loss(logits, t, batch, cell, args):
+def multihead_loss(logits, t, real, batch, cell, args):
     """Binary cross-entropy of r = 1 in the cell of s', in the mean over the pairs of `window`.
 
     The logit of a cell is the same for each visit, so it is enough to count the visits with and without reward:
-    logits (E, B, cells), t (E, B).
+    logits (E, B, cells), t, real (E, B).
     """
     visits = F.one_hot(cell(batch["next_obs"]), logits.shape[-1])  # (T, B, cells)
     visits = (visits * batch["alive"].unsqueeze(-1)).float()
@@ -617,8 +618,9 @@ def multihead_loss(logits, t, batch, cell, args):
         visits, hits = (  # of transitions t, t + 1, ... : (T + 1, B, cells), then those of the drawn t
             F.pad(x.flip(1).cumsum(1).flip(1).flatten(0, 1), (0, 0, 0, 0, 0, 1))[t, columns] for x in (visits, hits)
         )
+    visits, hits = visits * real.unsqueeze(-1), hits * real.unsqueeze(-1)
     loss = visits * F.softplus(logits) - hits * logits  # = hits * softplus(-x) + (visits - hits) * softplus(x)
-    return loss.sum() / visits.expand_as(loss).sum().clamp(min=1)
+    return loss.sum() / visits.sum().clamp(min=1)
 
 
 def elbo(model, batch, args):
@@ -628,17 +630,19 @@ def elbo(model, batch, args):
     """
     rewards = model.reward_norm(batch["rewards"].unsqueeze(-1))
     hidden = model.encoder(model.action_input(batch["actions"]), model.obs_norm(batch["next_obs"]), rewards, args.tbptt)
-    t, (w_mean, w_logvar, z_mean, z_logvar) = draw_posteriors(args, *model.posterior(hidden))  # (E, B, Z) each
+    t, (*posteriors, real) = draw_posteriors(args, *model.posterior(hidden), real_posteriors(batch["alive"]))
+    w_mean, w_logvar, z_mean, z_logvar = posteriors  # (E, B, Z) each
     w, z = gaussian(w_mean, w_logvar), gaussian(z_mean, z_logvar)
     mean, logvar = model.components(w)  # (E, B, C, Z)
     log_y = cluster_posterior(z, mean, logvar)  # (E, B, C)
     y = log_y.exp()
-    reward_loss, state_loss = reconstruction(model, z, t, batch, args)  # (5), (6)
-    kl_w = kl_gaussians(w_mean, w_logvar, torch.zeros_like(w), torch.zeros_like(w)).mean()  # (7)
-    kl_y = math.log(args.num_components) + (y * log_y).sum(-1).mean()  # (8)
+    reward_loss, state_loss = reconstruction(model, z, t, real, batch, args)  # (5), (6)
+    kl_w = kl_gaussians(w_mean, w_logvar, torch.zeros_like(w), torch.zeros_like(w))  # (7)
+    kl_y = math.log(args.num_components) + (y * log_y).sum(-1)  # (8)
     kl_z = kl_gaussians(z_mean.unsqueeze(-2), z_logvar.unsqueeze(-2), mean, logvar)  # to each component: (E, B, C)
     weight = F.one_hot(y.argmax(-1), args.num_components) if args.hard_y else y
-    kl_z = (weight * kl_z).sum(-1).mean()  # (9)
+    kl_z = (weight * kl_z).sum(-1)  # (9)
+    kl_w, kl_y, kl_z = average(kl_w, real), average(kl_y, real), average(kl_z, real)
     loss = args.state_coef * state_loss + args.reward_coef * reward_loss
     loss = loss + args.beta_w * kl_w + args.beta_y * kl_y + args.beta_z * kl_z  # (10)
     terms = dict(loss=loss, reward=reward_loss, state=state_loss, kl_w=kl_w, kl_y=kl_y, kl_z=kl_z)
@@ -661,6 +665,16 @@ def decoded_reward(model, z, obs, action, next_obs, args):
         return torch.where(hit, args.virtual_high, args.virtual_low)
     x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
     return model.reward_decoder(z[None], *x)[0, ..., 0].clamp(args.virtual_low, args.virtual_high)
+
+
+def real_posteriors(alive):
+    """Which posteriors t = 0..T end with a real transition, not with one of an idle environment: (T + 1, B)."""
+    return torch.cat([torch.ones_like(alive[:1]), alive])
+
+
+def average(x, real):
+    """The mean of x (E, B) where real."""
+    return (x * real).sum() / real.sum().clamp(min=1)
 
 
 def draw_posteriors(args, *tensors):
@@ -1006,7 +1020,9 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         script = state.get("script") if isinstance(state, dict) else None
         raise BadInput(f"{path} is a checkpoint of {script or 'another program'}, not of {SCRIPT}")
-    odd = set(state.get("args", {})) ^ {field.name for field in fields(Args)}
+    if "args" not in state:
+        raise BadInput(f"{path} is not a whole checkpoint: it has no args")
+    odd = set(state["args"]) ^ {field.name for field in fields(Args)}
     if odd:
         raise BadInput(f"{path} comes from another version of {SCRIPT}: arguments differ in {', '.join(sorted(odd))}")
     return state

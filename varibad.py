@@ -495,10 +495,11 @@ def window(t, i, args):
     return future if args.decode_window == "future" else future & (i // args.horizon == t // args.horizon)
 
 
-def reconstruction(model, m, t, batch, args):
+def reconstruction(model, m, t, real, batch, args):
     """-log p(r | m_t, s, a, s') and -log p(s' | m_t, s, a), up to constants, in the mean over the pairs of `window`.
 
-    m (E, B, Z): samples of the posteriors number t (E, B). batch: raw transitions (T, B, .). Returns two scalars.
+    m (E, B, Z): samples of the posteriors number t (E, B), of which those count that are `real` (E, B).
+    batch: raw transitions (T, B, .). Returns two scalars.
     """
     T, B = batch["rewards"].shape
     device = m.device
@@ -513,24 +514,24 @@ def reconstruction(model, m, t, batch, args):
             batch[name][i, columns] for name in ("obs", "actions", "next_obs", "rewards", "alive")
         )
         x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
-        weight = (window(t[:, None], i, args) & alive).float()  # (E, D, B)
+        weight = (window(t[:, None], i, args) & alive & real[:, None]).float()  # (E, D, B)
         weight = weight / weight.sum().clamp(min=1)
     if args.reward_decoder == "mlp":
         predicted = model.reward_decoder(m, *x).squeeze(-1)
         reward_loss = ((predicted - reward).square() * weight).sum()
     else:
-        reward_loss = multihead_loss(model.reward_decoder(m), t, batch, model.cell, args)
+        reward_loss = multihead_loss(model.reward_decoder(m), t, real, batch, model.cell, args)
     if model.state_decoder:  # predicts the change of state: ahead of s' itself from the first step
         error = (model.state_decoder(m, *x) - (next_obs - obs)).square().mean(-1)
         state_loss = (error * weight).sum()
     return reward_loss, state_loss
 
 
-def multihead_loss(logits, t, batch, cell, args):
+def multihead_loss(logits, t, real, batch, cell, args):
     """Binary cross-entropy of r = 1 in the cell of s', in the mean over the pairs of `window`.
 
     The logit of a cell is the same for each visit, so it is enough to count the visits with and without reward:
-    logits (E, B, cells), t (E, B).
+    logits (E, B, cells), t, real (E, B).
     """
     visits = F.one_hot(cell(batch["next_obs"]), logits.shape[-1])  # (T, B, cells)
     visits = (visits * batch["alive"].unsqueeze(-1)).float()
@@ -546,8 +547,9 @@ def multihead_loss(logits, t, batch, cell, args):
         visits, hits = (  # of transitions t, t + 1, ... : (T + 1, B, cells), then those of the drawn t
             F.pad(x.flip(1).cumsum(1).flip(1).flatten(0, 1), (0, 0, 0, 0, 0, 1))[t, columns] for x in (visits, hits)
         )
+    visits, hits = visits * real.unsqueeze(-1), hits * real.unsqueeze(-1)
     loss = visits * F.softplus(logits) - hits * logits  # = hits * softplus(-x) + (visits - hits) * softplus(x)
-    return loss.sum() / visits.expand_as(loss).sum().clamp(min=1)
+    return loss.sum() / visits.sum().clamp(min=1)
 
 
 def elbo(model, batch, args):
@@ -563,11 +565,22 @@ def elbo(model, batch, args):
     else:  # each posterior is the next one's prior; the first one's is N(0, I)
         before = [torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (mean, logvar)]
         kl = kl_gaussians(mean, logvar, *before)
-    t, (mean, logvar, kl) = draw_posteriors(args, mean, logvar, kl)
+    t, (mean, logvar, kl, real) = draw_posteriors(args, mean, logvar, kl, real_posteriors(batch["alive"]))
     m = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    reward_loss, state_loss = reconstruction(model, m, t, batch, args)
-    loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl.mean()
-    return loss, dict(loss=loss, reward=reward_loss, state=state_loss, kl=kl.mean())
+    reward_loss, state_loss = reconstruction(model, m, t, real, batch, args)
+    kl = average(kl, real)
+    loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl
+    return loss, dict(loss=loss, reward=reward_loss, state=state_loss, kl=kl)
+
+
+def real_posteriors(alive):
+    """Which posteriors t = 0..T end with a real transition, not with one of an idle environment: (T + 1, B)."""
+    return torch.cat([torch.ones_like(alive[:1]), alive])
+
+
+def average(x, real):
+    """The mean of x (E, B) where real."""
+    return (x * real).sum() / real.sum().clamp(min=1)
 
 
 def draw_posteriors(args, *tensors):
@@ -880,7 +893,9 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         script = state.get("script") if isinstance(state, dict) else None
         raise BadInput(f"{path} is a checkpoint of {script or 'another program'}, not of {SCRIPT}")
-    odd = set(state.get("args", {})) ^ {field.name for field in fields(Args)}
+    if "args" not in state:
+        raise BadInput(f"{path} is not a whole checkpoint: it has no args")
+    odd = set(state["args"]) ^ {field.name for field in fields(Args)}
     if odd:
         raise BadInput(f"{path} comes from another version of {SCRIPT}: arguments differ in {', '.join(sorted(odd))}")
     return state

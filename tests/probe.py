@@ -56,7 +56,7 @@ def main(path):
             m, t = test["beliefs"][e : e + 1, :, :Z], torch.full((1, test["task"].shape[0]), e)
             future = {k: test[k][e:] for k in ("obs", "actions", "next_obs", "rewards", "alive")}
             every = dataclasses.replace(args, decode_window="all", decode_terms=0, state_coef=0.0)
-            error = module.reconstruction(model, m, t * 0, future, every)[0]
+            error = module.reconstruction(model, m, t * 0, torch.ones_like(t, dtype=torch.bool), future, every)[0]
         print(f"{e:>6} {1 - residual / spread:>16.2f} {error:>13.3f} {future['rewards'].var():>9.3f}")
 
 

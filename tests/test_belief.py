@@ -174,7 +174,8 @@ def loop_reconstruction(s, m, t, batch):
     rewards, states = [], [torch.zeros(())]
     for e, b in torch.cartesian_prod(*map(torch.arange, t.shape)).tolist():
         for i in range(s.envs.meta_horizon):
-            if not batch["alive"][i, b] or not decodes(int(t[e, b]), i, s.args):
+            idle = t[e, b] > 0 and not batch["alive"][t[e, b] - 1, b]
+            if idle or not batch["alive"][i, b] or not decodes(int(t[e, b]), i, s.args):
                 continue
             obs, action, next_obs, r = (batch[k][i, b] for k in ("obs", "actions", "next_obs", "rewards"))
             x = [
@@ -195,6 +196,8 @@ def loop_reconstruction(s, m, t, batch):
 def loop_terms(script, s, batch, noise):
     """The ELBO's terms with torch.distributions on step-by-step posteriors; noise: the standard normal draws."""
     hidden = torch.stack(unroll(s.model, batch))
+    real = [(t, b) for t in range(len(hidden)) for b in range(2) if t == 0 or batch["alive"][t - 1, b]]
+    mean_of = lambda x: torch.stack([x[t, b] for t, b in real]).mean()  # noqa: E731, over all but idle steps
     parts = s.model.posterior(hidden)
     gaussians = [Normal(mean, (0.5 * logvar).exp()) for mean, logvar in zip(parts[::2], parts[1::2])]
     samples = [q.mean + q.stddev * n for q, n in zip(gaussians, noise)]
@@ -205,7 +208,7 @@ def loop_terms(script, s, batch, noise):
         q = gaussians[0]
         before = Normal(torch.cat([torch.zeros(1, 2, 2), q.mean[:-1]]), torch.cat([torch.ones(1, 2, 2), q.stddev[:-1]]))
         prior = Normal(torch.zeros(2), torch.ones(2)) if s.args.kl_to_prior else before
-        return terms | dict(kl=kl_divergence(q, prior).sum(-1).mean())
+        return terms | dict(kl=mean_of(kl_divergence(q, prior).sum(-1)))
     q_w, q_z = gaussians
     mean, logvar = s.model.components(samples[0])
     log_density = MultivariateNormal(mean, torch.diag_embed(logvar.exp())).log_prob(samples[1].unsqueeze(-2))
@@ -215,9 +218,9 @@ def loop_terms(script, s, batch, noise):
     )
     weight = F.one_hot(q_y.probs.argmax(-1), mean.shape[-2]) if s.args.hard_y else q_y.probs
     return terms | dict(
-        kl_w=kl_divergence(q_w, Normal(torch.zeros(2), torch.ones(2))).sum(-1).mean(),
-        kl_y=kl_divergence(q_y, Categorical(torch.full_like(q_y.probs, 1 / mean.shape[-2]))).mean(),
-        kl_z=(weight * to_each.sum(-1)).sum(-1).mean(),
+        kl_w=mean_of(kl_divergence(q_w, Normal(torch.zeros(2), torch.ones(2))).sum(-1)),
+        kl_y=mean_of(kl_divergence(q_y, Categorical(torch.full_like(q_y.probs, 1 / mean.shape[-2])))),
+        kl_z=mean_of((weight * to_each.sum(-1)).sum(-1)),
     )
 
 
@@ -276,7 +279,9 @@ def test_idle_steps_do_not_count(script):
     other["alive"] = batch["alive"]
     assert not torch.equal(other["rewards"], batch["rewards"])
     m = torch.randn(7, 2, 2)
-    losses = [script.reconstruction(s.model, m, t, b, s.args) for b in (batch, other)]
+    losses = [
+        script.reconstruction(s.model, m, t, script.real_posteriors(b["alive"]), b, s.args) for b in (batch, other)
+    ]
     torch.testing.assert_close(*losses)
 
 

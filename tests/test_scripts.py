@@ -383,7 +383,7 @@ def test_foreign_checkpoints(trained, flag, change, named, monkeypatch, capsys, 
         ("--latent-dim 4", "agent"),
         ("--buffer-size 5", "--buffer-size"),
         ("--horizon 6", "--horizon"),
-        ("--env-id SparsePointRobot --reward-decoder mlp", "agent"),
+        ("--env-id SparsePointRobot --reward-decoder mlp", "--env-id"),
         ("--evaluate other.pt", "--evaluate"),
     ],
 )
