@@ -540,6 +540,11 @@ class BeliefModel(nn.Module):
         z_scale = z_logvar if self.args.policy_z == "logvar" else z_logvar.exp()
         return torch.cat([z_mean, z_scale] + [w] * (not self.args.no_policy_w) + [y], -1)
 
+    def moments(self, belief):
+        """Mean and log-variance of z out of what the policy sees."""
+        mean, scale = belief[..., : 2 * self.args.latent_dim].chunk(2, -1)
+        return mean, scale if self.args.policy_z == "logvar" else scale.log()
+
 
 def gaussian(mean, logvar):
     """A reparameterised sample of N(mean, exp(logvar))."""
@@ -985,7 +990,11 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
     data = rollout(envs, agent, model, args, False, names, deterministic=True)
     agent.train(), model.train()
     with torch.no_grad():
-        maps = model.reward_decoder(data["beliefs"][..., : args.latent_dim]).sigmoid()  # (T + 1, N, cells) at the mean
+        mean, logvar = model.moments(data["beliefs"])  # (T + 1, N, Z)
+        samples = mean + (0.5 * logvar).exp() * torch.randn(100, *mean.shape, device=mean.device)
+        maps = (
+            model.reward_decoder(samples).sigmoid().mean(0)
+        )  # p(r = 1) in each cell under the belief (T + 1, N, cells)
     for n in range(0, len(names), math.ceil(len(names) / 3)):
         column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
         file = Path(folder) / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"

@@ -480,6 +480,10 @@ class BeliefModel(nn.Module):
         """What the policy sees: mean and log-variance (N, 2 Z)."""
         return torch.cat(self.posterior(hidden), -1)
 
+    def moments(self, belief):
+        """Mean and log-variance of m out of what the policy sees."""
+        return belief.chunk(2, -1)
+
 
 def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
     """KL(N(mean, exp(logvar)) || N(prior_mean, exp(prior_logvar))), summed over the last dimension."""
@@ -858,7 +862,11 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
     data = rollout(envs, agent, model, args, False, names, deterministic=True)
     agent.train(), model.train()
     with torch.no_grad():
-        maps = model.reward_decoder(data["beliefs"][..., : args.latent_dim]).sigmoid()  # (T + 1, N, cells) at the mean
+        mean, logvar = model.moments(data["beliefs"])  # (T + 1, N, Z)
+        samples = mean + (0.5 * logvar).exp() * torch.randn(100, *mean.shape, device=mean.device)
+        maps = (
+            model.reward_decoder(samples).sigmoid().mean(0)
+        )  # p(r = 1) in each cell under the belief (T + 1, N, cells)
     for n in range(0, len(names), math.ceil(len(names) / 3)):
         column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
         file = Path(folder) / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"

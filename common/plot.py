@@ -13,7 +13,7 @@ from matplotlib.patches import Ellipse
 def draw_grid_belief(file, title, path, goal, maps, horizon):
     """One PNG: a row for each episode, a panel for each step, the believed goal as a heat map under the agent's path.
 
-    path: obs, next_obs (T, 2), success (T,), as arrays. goal: (2,). maps: (T + 1, cells), p(goal) of every cell.
+    path: obs, next_obs (T, 2), success (T,), as arrays. goal: (2,). maps (T + 1, cells): p(reward).
     """
     T, size = len(path["obs"]), round(maps.shape[1] ** 0.5)
     rows = T // horizon
@@ -30,7 +30,7 @@ def draw_grid_belief(file, title, path, goal, maps, horizon):
             axis.set_title(f"step {t + 1}", fontsize=8)
         if t == first:
             axis.set_ylabel(f"episode {t // horizon + 1}", fontsize=9)
-    figure.suptitle(f"{title}: belief after each step (blue: p(goal)), path (orange), goal (star, green when reached)")
+    figure.suptitle(f"{title}: believed probability of a reward (blue), path (orange), goal (star, green when reached)")
     figure.tight_layout(rect=(0, 0, 0.95, 0.97))
     figure.colorbar(image, cax=figure.add_axes((0.96, 0.1, 0.01, 0.78)))
     figure.savefig(file, dpi=110)
