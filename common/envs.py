@@ -21,8 +21,11 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     envs.same_splits             True where the test split holds the training tasks, all of them; may be absent
     state_dict, load_state_dict  all that decides later draws: the number of resets so far
 
-Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with
-`horizon` and `episodes_per_task` where the user sets them.
+Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`
+and `episodes_per_task` where the user sets them. It returns an object with what is named here: `num_envs`, `device`,
+`single_observation_space`, `single_action_space`, `horizon`, `episodes_per_task`, `meta_horizon`, `split`, `tasks`,
+`reset`, `step`, `state_dict`, `load_state_dict`, `close`; a grid has `num_cells` and `cell(obs)` too.
+The encoder reads idle steps like any others, in rollouts and updates alike; no loss counts them.
 """
 
 import difflib
@@ -82,8 +85,8 @@ def _load(path):
         module = importlib.import_module(module_name)
     except (ModuleNotFoundError, ValueError, TypeError) as error:
         raise BadInput(f"env_id {path!r}: {error}") from error
-    if not hasattr(module, name):
-        raise BadInput(f"env_id {path!r}: module {module_name} has no {name!r}")
+    if not callable(getattr(module, name, None)):
+        raise BadInput(f"env_id {path!r}: module {module_name} has no callable {name!r}")
     return getattr(module, name)
 
 

@@ -23,7 +23,7 @@ def collect(module, path):
         model = module.BeliefModel(args, envs)
         agent = module.Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, model.belief_sizes)
         module.load_modules(path, state, dict(agent=agent, model=model))
-        model.eval()
+        agent.eval(), model.eval()
         names = module.eval_names(envs, args)
         rounds = []
         for first in range(0, len(names), envs.num_envs):

@@ -134,7 +134,8 @@ ANY = {  # what may be 0, negative or infinite, and why
 }
 ZERO = "seed eval_interval eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates "
 ZERO += "precollect belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef "
-ZERO += "belief_warmup obs_shift gamma gae_lambda decoder_dropout beta_w beta_y beta_z virtual_rate virtual_low"
+ZERO += "belief_warmup obs_shift horizon episodes_per_task gamma gae_lambda decoder_dropout beta_w beta_y beta_z "
+ZERO += "virtual_rate virtual_low"
 
 
 @SCRIPTS
@@ -165,9 +166,10 @@ def test_virtual_rewards_need_an_interval():
 def test_presets(script, env_id, cuda, monkeypatch):
     """The command line over the environment's preset, over which lies a smaller one without --cuda; it passes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    family = env_id.split("-")[0]  # environments of one's own start from the point's
-    preset = script.PRESETS[family if family in IDS or "ML" in family else "SparsePointRobot"]
-    preset = preset | ({} if cuda else script.SMALL.get(family, {}))
+    name = re.sub("-v[23]$", "", env_id)
+    family = name.split("-")[0]
+    preset = script.PRESETS[family] if family in script.PRESETS else script.YOUR_OWN
+    preset = preset | ({} if cuda else script.SMALL.get(name) or script.SMALL.get(family, {}))
     args = script.parse_args(["--env-id", env_id, "--seed", "7", "--gamma", "0.5"] + ["--cuda"] * cuda)
     script.check_args(args)
     expected = dataclasses.asdict(script.Args()) | preset | dict(env_id=env_id, seed=7, gamma=0.5, cuda=cuda)
