@@ -978,9 +978,14 @@ def main(args):
     name = f"{args.env_id.replace(':', '.')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir or f"runs/{name}")
     envs = make_args_envs(args, args.num_envs, "train", device)
-    args.horizon, args.episodes_per_task = envs.horizon, envs.episodes_per_task
     eval_envs = {}
     try:
+        for name in ("horizon", "episodes_per_task"):
+            if getattr(args, name) not in (0, getattr(envs, name)):
+                raise BadInput(
+                    f"{flag(name)} {getattr(args, name)}: {args.env_id} has {getattr(envs, name)} of its own"
+                )
+            setattr(args, name, getattr(envs, name))
         check_args(args)
         eval_envs = make_eval_envs(args, device) if args.evaluate or args.eval_interval >= 0 else {}
         train(args, envs, eval_envs, device, folder, state)

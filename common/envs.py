@@ -22,7 +22,7 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     state_dict, load_state_dict  all that decides later draws: the number of resets so far
 
 Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`
-and `episodes_per_task` where the user sets them. It returns an object with what is named here: `num_envs`, `device`,
+and `episodes_per_task` where the user sets them and it takes them. It returns an object with `num_envs`, `device`,
 `single_observation_space`, `single_action_space`, `horizon`, `episodes_per_task`, `meta_horizon`, `split`, `tasks`,
 `reset`, `step`, `state_dict`, `load_state_dict`, `close`; a grid has `num_cells` and `cell(obs)` too.
 The encoder reads idle steps like any others, in rollouts and updates alike; no loss counts them.
@@ -30,6 +30,7 @@ The encoder reads idle steps like any others, in rollouts and updates alike; no 
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 
@@ -64,6 +65,7 @@ def make_envs(env_id, num_envs, split="train", seed=1, device="cpu", reward_vers
         factory = _load(FAMILIES[env_id])
     elif ":" in env_id:
         factory = _load(env_id)
+        sizes = {name: size for name, size in sizes.items() if name in inspect.signature(factory).parameters}
     elif env_id.startswith("ML"):
         from common.metaworld import make_metaworld  # metaworld takes half a second to import: only who needs it pays
 
