@@ -167,9 +167,9 @@ META_WORLD = dict(
     decoder_dropout=0.7,
 )  # fmt: skip
 PRESETS = {
-    # The authors of variBAD keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
-    # Each posterior pays its whole KL at every step, variBAD's chain for the news alone: against that a small KL (a large
-    # weight of the reward) keeps the posterior from collapsing to the prior, as it does at 120, variBAD's weight.
+    # The authors of variBAD keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching early.
+    # Each posterior pays its whole KL at every step, variBAD's chain for the news alone: a large weight of the reward
+    # keeps the posterior from collapsing to the prior, as it does at 120, variBAD's balance.
     "GridWorld": dict(
         time_limit="terminal", standardise_inputs=False, ent_coef=0.04, reward_coef=5000.0,
         virtual_low=-0.1, virtual_high=1.0,
