@@ -271,7 +271,7 @@ def check_args(args):
         )
     if args.seed >= 2**63:
         raise BadInput(f"--seed must be below 2**63, not {args.seed}")
-    if args.belief_warmup >= args.total_timesteps:
+    if is_blind(args.total_timesteps, args) and not args.no_belief:
         raise BadInput(f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}")
     if args.resume and args.evaluate:
         raise BadInput("--resume and --evaluate exclude each other")
@@ -279,6 +279,11 @@ def check_args(args):
         raise BadInput("--no-belief and --oracle-context exclude each other")
     if args.cuda and not torch.cuda.is_available():
         raise BadInput("--cuda: this PyTorch sees no CUDA device")
+
+
+def is_blind(step, args):
+    """Whether the policy sees zeros in place of the belief at this global step."""
+    return args.no_belief or (step < args.belief_warmup and not args.oracle_context)
 
 
 # ---------- 4. Networks ----------
@@ -1140,7 +1145,7 @@ def train(args, envs, eval_envs, device, folder, state):
 
     if args.evaluate:
         load_modules(args.evaluate, state, dict(agent=agent, model=model))
-        blind = args.no_belief or state["global_step"] < args.belief_warmup
+        blind = is_blind(state["global_step"], args)
         scalars, details = evaluate(eval_envs, agent, model, args, blind)
         for key, value in scalars.items():
             print(f"{key:<48} {value:.4f}")
@@ -1192,7 +1197,7 @@ def train(args, envs, eval_envs, device, folder, state):
         ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
         clock = [time.perf_counter()]
 
-        blind = args.no_belief or global_step < args.belief_warmup
+        blind = is_blind(global_step, args)
         virtual_rate = args.virtual_rate * (1 - left)
         virtual = args.virtual in ("policy", "both") and learns_belief and bool(torch.rand(()) < virtual_rate)
         virtual = virtual and not blind
@@ -1247,7 +1252,7 @@ def train(args, envs, eval_envs, device, folder, state):
             progress.set_postfix({key: f"{value:.2f}" for key, value in results.items()})
         due = args.eval_interval > 0 and iteration % args.eval_interval == 0
         if eval_envs and (due or iteration == iterations):
-            blind = args.no_belief or global_step < args.belief_warmup
+            blind = is_blind(global_step, args)
             scalars, details = evaluate(eval_envs, agent, model, args, blind)
             metrics.write(scalars, global_step)
             write_evaluation(folder, global_step, scalars, details)
