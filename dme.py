@@ -271,7 +271,7 @@ def check_args(args):
         )
     if args.seed >= 2**63:
         raise BadInput(f"--seed must be below 2**63, not {args.seed}")
-    if is_blind(args.total_timesteps, args) and not args.no_belief:
+    if is_blind(args.total_timesteps - 1, args) and not args.no_belief:
         raise BadInput(f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}")
     if args.resume and args.evaluate:
         raise BadInput("--resume and --evaluate exclude each other")
