@@ -994,7 +994,11 @@ def draw_components(folder, eval_envs, details, agent, model, args):
     w[0] = 0
     with torch.no_grad():
         mean, logvar = (x.cpu().numpy() for x in model.components(w))  # (4, C, Z)
-    tasks = {name: task["belief"][: args.latent_dim] for split in details.values() for name, task in split.items()}
+    tasks = {
+        name.replace("/", f" ({split})/"): task["belief"][: args.latent_dim]
+        for split, named in details.items()
+        for name, task in named.items()
+    }
     draw_mixture(Path(folder) / "components.png", mean, np.exp(0.5 * logvar), tasks)
 
 
