@@ -42,11 +42,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.envs import BadInput, make_envs
+from common.gru import GRU
 from common.plot import draw_grid_belief, draw_mixture
 from common.workers import WorkerError
 
@@ -389,10 +390,10 @@ class Agent(nn.Module):
         x = self.embed(obs, belief)
         out, value = self.actor(x), self.critic(x).squeeze(-1)
         if self.discrete:
-            dist = Categorical(logits=out, validate_args=False)
-        else:
-            dist = Independent(Normal(out, self.std(), validate_args=False), 1, validate_args=False)
-        return dist.log_prob(action), dist.entropy(), value
+            logprobs = out.log_softmax(-1)
+            return logprobs.gather(-1, action[..., None])[..., 0], -(logprobs.exp() * logprobs).sum(-1), value
+        dist = Normal(out, self.std(), validate_args=False)
+        return dist.log_prob(action).sum(-1), dist.entropy().sum(-1), value
 
 
 class Encoder(nn.Module):
@@ -405,7 +406,7 @@ class Encoder(nn.Module):
         )
         if args.action_embed:
             self.embeds["action"] = nn.Linear(action_dim, args.action_embed)
-        self.gru = nn.GRU(args.action_embed + args.state_embed + args.reward_embed, args.hidden_dim)
+        self.gru = GRU(args.action_embed + args.state_embed + args.reward_embed, args.hidden_dim)
         for name, parameter in self.gru.named_parameters():
             nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
 

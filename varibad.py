@@ -38,11 +38,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.envs import BadInput, make_envs
+from common.gru import GRU
 from common.plot import draw_grid_belief
 from common.workers import WorkerError
 
@@ -354,10 +355,10 @@ class Agent(nn.Module):
         x = self.embed(obs, belief)
         out, value = self.actor(x), self.critic(x).squeeze(-1)
         if self.discrete:
-            dist = Categorical(logits=out, validate_args=False)
-        else:
-            dist = Independent(Normal(out, self.std(), validate_args=False), 1, validate_args=False)
-        return dist.log_prob(action), dist.entropy(), value
+            logprobs = out.log_softmax(-1)
+            return logprobs.gather(-1, action[..., None])[..., 0], -(logprobs.exp() * logprobs).sum(-1), value
+        dist = Normal(out, self.std(), validate_args=False)
+        return dist.log_prob(action).sum(-1), dist.entropy().sum(-1), value
 
 
 class Encoder(nn.Module):
@@ -370,7 +371,7 @@ class Encoder(nn.Module):
         )
         if args.action_embed:
             self.embeds["action"] = nn.Linear(action_dim, args.action_embed)
-        self.gru = nn.GRU(args.action_embed + args.state_embed + args.reward_embed, args.hidden_dim)
+        self.gru = GRU(args.action_embed + args.state_embed + args.reward_embed, args.hidden_dim)
         for name, parameter in self.gru.named_parameters():
             nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
 
@@ -454,8 +455,7 @@ class BeliefModel(nn.Module):
         A = int(space.n) if self.discrete else space.shape[0]
         self.cell = getattr(envs, "cell", None)
         self.encoder = Encoder(args, S, A)
-        self.mean = nn.Linear(args.hidden_dim, args.latent_dim)
-        self.logvar = nn.Linear(args.hidden_dim, args.latent_dim)
+        self.heads = nn.Linear(args.hidden_dim, 2 * args.latent_dim)  # mean and log-variance
         if args.reward_decoder == "multihead":
             if self.cell is None:
                 raise BadInput(f"--reward-decoder multihead needs a grid, and {args.env_id} is none: choose mlp")
@@ -473,7 +473,7 @@ class BeliefModel(nn.Module):
 
     def parts(self):
         """The modules whose gradients are clipped one by one."""
-        encoder = nn.ModuleList([self.encoder, self.mean, self.logvar])
+        encoder = nn.ModuleList([self.encoder, self.heads])
         return [encoder, self.reward_decoder] + ([self.state_decoder] if self.state_decoder else [])
 
     def action_input(self, action):
@@ -489,11 +489,11 @@ class BeliefModel(nn.Module):
 
     def posterior(self, hidden):
         """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
-        return self.mean(hidden), self.logvar(hidden)
+        return self.heads(hidden).chunk(2, -1)
 
     def belief(self, hidden, deterministic=False):
         """What the policy sees: mean and log-variance (N, 2 Z)."""
-        return torch.cat(self.posterior(hidden), -1)
+        return self.heads(hidden)
 
     def moments(self, belief):
         """Mean and log-variance of m out of what the policy sees."""

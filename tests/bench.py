@@ -1,4 +1,4 @@
-"""What things cost here, as ratios measured in one run: python -m tests.bench [metaworld] [scripts] [--seconds 60]
+"""What things cost here, as ratios measured in one run: python -m tests.bench [NAME ...] [--seconds 60]
 
 The contestants take turns, round by round, and a ratio is the median of the rounds' ratios: what else the machine does
 meets all of them. For numbers to quote, let it do nothing else.
@@ -164,7 +164,32 @@ def bench_scripts(seconds):
         )
 
 
-BENCHMARKS = {"metaworld": bench_metaworld, "scripts": bench_scripts}
+def bench_gru(seconds):
+    """Forwards and backwards through nn.GRU and through ours, in turn, one thread: a ratio for each size."""
+    import torch
+
+    from common.gru import GRU
+
+    torch.set_num_threads(1)
+
+    def timed(gru, x):
+        begin = time.process_time()
+        gru(x, torch.zeros(1, x.shape[1], gru.hidden_size))[0].sum().backward()
+        return time.process_time() - begin
+
+    for T, B, D in ((60, 25, 64), (50, 120, 64), (50, 120, 128)):  # the grid's; ML1's and ML10's windows
+        x, pair = torch.randn(T, B, 32), (torch.nn.GRU(32, D), GRU(32, D))
+        times, begin = [], time.perf_counter()
+        while time.perf_counter() - begin < seconds / 3:
+            times.append([timed(gru, x) for gru in pair])
+        theirs, ours = (1e3 * statistics.median(column) for column in zip(*times))
+        print(
+            f"gru: T {T}, B {B}, D {D}: nn.GRU {theirs:.1f} ms, ours {ours:.1f} ms, ratio {theirs / ours:.2f}",
+            flush=True,
+        )
+
+
+BENCHMARKS = {"gru": bench_gru, "metaworld": bench_metaworld, "scripts": bench_scripts}
 
 
 def main():

@@ -11,6 +11,7 @@ from torch.distributions import Bernoulli, Categorical, MultivariateNormal, Norm
 import dme
 import varibad
 from common.envs import make_envs
+from common.gru import GRU
 
 torch.set_num_threads(1)
 SCRIPTS = pytest.mark.parametrize("script", [varibad, dme], ids=lambda module: module.__name__)
@@ -77,6 +78,27 @@ def gradients(loss, model):
 
 
 # ---------- The encoder ----------
+
+
+def test_gru_is_torchs():
+    """Its parameters, names and initial values, its outputs and every gradient are nn.GRU's."""
+    sizes = 5, 4
+    torch.manual_seed(0)
+    theirs = torch.nn.GRU(*sizes, dtype=torch.float64)
+    torch.manual_seed(0)
+    ours = GRU(*sizes, dtype=torch.float64)
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
+    x = torch.randn(7, 3, 5, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    weight, found = torch.randn(8, 3, 4, dtype=torch.float64), []
+    for gru in (theirs, ours):
+        hidden, last = gru(x, start)
+        out = torch.cat([hidden, last])
+        found.append((out, *torch.autograd.grad((out * weight).sum(), (x, start, *gru.parameters()))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+    with torch.no_grad():  # and without a graph
+        torch.testing.assert_close(ours(x, start)[0], theirs(x, start)[0], rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *inputs: ours(*inputs)[0], (x, start))  # finite differences
 
 
 @SCRIPTS
