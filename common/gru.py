@@ -1,4 +1,4 @@
-"""nn.GRU with the same parameters and, to rounding, the same numbers: 1.6 times as fast at the grid's sizes on a CPU."""
+"""nn.GRU: the same parameters and, to rounding, the same numbers, 1.6 times as fast on a CPU at the grid's sizes."""
 
 import torch
 import torch.nn.functional as F
