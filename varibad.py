@@ -25,16 +25,19 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
@@ -49,6 +52,7 @@ from common.workers import WorkerError
 
 SCRIPT = Path(__file__).stem
 LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen
+PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint holds beside counters and `processes`
 
 
 # ---------- 3. Arguments and presets ----------
@@ -72,6 +76,8 @@ class Args:
     resume: str = ""  # checkpoint to continue from, with its arguments; those given beside it override
     evaluate: str = ""  # checkpoint to evaluate: prints the results and writes eval.json beside it, trains nothing
     eval_sample: bool = False  # evaluate with sampled actions and latents in place of the most likely ones
+    capture_video: bool = False  # with --evaluate: a film of one held-out task of each Meta-World family
+    compile: bool = False  # torch.compile the networks of the rollout and of PPO; the first iteration takes a minute
     reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
 
     # PPO
@@ -226,11 +232,16 @@ def check_args(args):
     for name in ("policy_layers", "decoder_layers"):
         if not getattr(args, name) or min(getattr(args, name)) < 1:
             raise BadInput(f"{flag(name)} must be one or more positive sizes, not {getattr(args, name)}")
-    steps = args.num_envs * args.horizon * args.episodes_per_task
+    if args.num_envs % ranks() or args.belief_batch < ranks():
+        raise BadInput(
+            f"--num-envs {args.num_envs}, --belief-batch {args.belief_batch}: {ranks()} processes cannot share them"
+        )
+    steps = args.num_envs // ranks() * args.horizon * args.episodes_per_task
     if steps % args.num_minibatches:
         raise BadInput(f"--num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration")
-    if args.tbptt and steps > args.num_envs * args.tbptt and steps // args.num_envs % args.tbptt:
-        raise BadInput(f"--tbptt {args.tbptt} does not divide the {steps // args.num_envs} steps of a meta-episode")
+    steps = args.horizon * args.episodes_per_task
+    if args.tbptt and steps > args.tbptt and steps % args.tbptt:
+        raise BadInput(f"--tbptt {args.tbptt} does not divide the {steps} steps of a meta-episode")
     if args.buffer_size < args.num_envs:
         raise BadInput(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}: no iteration fits")
     if not args.std_min < args.std_init < args.std_max < math.inf:
@@ -241,6 +252,10 @@ def check_args(args):
         raise BadInput(f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}")
     if args.resume and args.evaluate:
         raise BadInput("--resume and --evaluate exclude each other")
+    if args.capture_video and not args.evaluate:
+        raise BadInput("--capture-video goes with --evaluate")
+    if args.evaluate and ranks() > 1:
+        raise BadInput("--evaluate is for one process")
     if args.no_belief and args.oracle_context:
         raise BadInput("--no-belief and --oracle-context exclude each other")
     if args.cuda and not torch.cuda.is_available():
@@ -250,6 +265,57 @@ def check_args(args):
 def is_blind(step, args):
     """Whether the policy sees zeros in place of the belief at this global step."""
     return args.no_belief or (step < args.belief_warmup and not args.oracle_context)
+
+
+# ---------- 3b. Several processes (torchrun), and numbers that are none ----------
+
+
+def ranks():
+    """The number of processes: torchrun's, each with its share of the environments, the buffer and the batches."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def leads():
+    """Whether this process is the one that evaluates and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def share(n):
+    """This process's part of n things."""
+    return (n + dist.get_rank()) // ranks() if dist.is_initialized() else n
+
+
+def all_sum(x):
+    """The sum of x over all processes. Losses are sums whose weights add up to 1 over all of them: so are gradients."""
+    if dist.is_initialized():
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def check_finite(**tensors):
+    """FloatingPointError that names the first of the tensors with a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(f"{name.replace('_', ' ')} is not finite")
+
+
+def descend(optimizer, loss, parts, max_norm, name):
+    """A step down the gradient summed over processes, its norm clipped in each of the parts; 0 = not clipped.
+
+    Raises FloatingPointError, before the step, where the loss or the gradient is not finite.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p))
+    norms = [nn.utils.clip_grad_norm_(part.parameters(), max_norm or math.inf) for part in parts]
+    check_finite(**{f"{name}_loss": loss.detach(), f"{name}_gradient_norm": torch.stack(norms)})
+    optimizer.step()
 
 
 # ---------- 4. Networks ----------
@@ -269,11 +335,12 @@ class RunningNorm(nn.Module):
     @torch.no_grad()
     def update(self, rows, alive):
         """rows (B, size), of which those count where alive (B,)."""
-        share = (alive / alive.sum().clamp(min=1)).unsqueeze(-1)
-        mean = (rows * share).sum(0)
-        var = ((rows - mean).square() * share).sum(0)
-        self.count += alive.sum()
-        weight = (alive.sum() / self.count.clamp(min=1)).float()  # of the new rows
+        count = all_sum(alive.sum())
+        share = (alive / count.clamp(min=1)).unsqueeze(-1)
+        mean = all_sum((rows * share).sum(0))
+        var = all_sum(((rows - mean).square() * share).sum(0))
+        self.count += count
+        weight = (count / self.count.clamp(min=1)).float()  # of the new rows
         delta = mean - self.mean
         self.var += weight * (var - self.var + delta.square() * (1 - weight))
         self.mean += weight * delta
@@ -534,7 +601,7 @@ def reconstruction(model, m, t, real, batch, args):
         )
         x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
         weight = (window(t[:, None], i, args) & alive & real[:, None]).float()  # (E, D, B)
-        weight = weight / weight.sum().clamp(min=1)
+        weight = weight / all_sum(weight.sum()).clamp(min=1)
     if args.reward_decoder != "multihead":
         predicted = model.reward_decoder(m, *x).squeeze(-1)
         reward_loss = ((predicted - reward).square() * weight).sum()
@@ -568,7 +635,7 @@ def multihead_loss(logits, t, real, batch, cell, args):
         )
     visits, hits = visits * real.unsqueeze(-1), hits * real.unsqueeze(-1)
     loss = visits * F.softplus(logits) - hits * logits  # = hits * softplus(-x) + (visits - hits) * softplus(x)
-    return loss.sum() / visits.sum().clamp(min=1)
+    return loss.sum() / all_sum(visits.sum()).clamp(min=1)
 
 
 def elbo(model, batch, args):
@@ -599,7 +666,7 @@ def real_posteriors(alive):
 
 def average(x, real):
     """The mean of x (E, B) where real."""
-    return (x * real).sum() / real.sum().clamp(min=1)
+    return (x * real).sum() / all_sum(real.sum()).clamp(min=1)
 
 
 def draw_posteriors(args, *tensors):
@@ -617,13 +684,8 @@ def draw_posteriors(args, *tensors):
 
 def update_belief(model, optimizer, buffer, args):
     """One gradient step on a batch of stored meta-episodes. Returns the loss's terms, detached."""
-    loss, terms = elbo(model, buffer.sample(args.belief_batch), args)
-    optimizer.zero_grad()
-    loss.backward()
-    if args.belief_max_grad_norm:
-        for part in model.parts():
-            nn.utils.clip_grad_norm_(part.parameters(), args.belief_max_grad_norm)
-    optimizer.step()
+    loss, terms = elbo(model, buffer.sample(share(args.belief_batch)), args)
+    descend(optimizer, loss, model.parts(), args.belief_max_grad_norm, "belief")
     return {name: term.detach() for name, term in terms.items()}
 
 
@@ -669,8 +731,9 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     b = {name: data[name].flatten(0, 1) for name in ("obs", "actions", "logprobs", "advantages", "returns", "alive")}
     b["beliefs"], b["values"] = data["beliefs"][:-1].flatten(0, 1), data["values"][:-1].flatten()
     alive = b["alive"].float()
-    mean = (b["advantages"] * alive).sum() / alive.sum()
-    std = ((b["advantages"] - mean).square() * alive).sum().div(alive.sum()).sqrt()
+    count = all_sum(alive.sum())
+    mean = all_sum((b["advantages"] * alive).sum()) / count
+    std = all_sum(((b["advantages"] - mean).square() * alive).sum()).div(count).sqrt()
     b["advantages"] = (b["advantages"] - mean) / (std + 1e-5)
     size = len(alive) // args.num_minibatches
     log = []
@@ -679,7 +742,7 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
         shuffled = {name: x[order].split(size) for name, x in b.items()}
         for i in range(args.num_minibatches):
             mb = {name: parts[i] for name, parts in shuffled.items()}
-            weight = mb["alive"].float() / mb["alive"].float().sum().clamp(min=1)
+            weight = mb["alive"].float() / all_sum(mb["alive"].float().sum()).clamp(min=1)
             logprob, entropy, value = agent(mb["obs"], mb["beliefs"], mb["actions"])
             logratio = logprob - mb["logprobs"]
             ratio = logratio.exp()
@@ -693,11 +756,7 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
                 v_loss = 0.5 * ((value - mb["returns"]).square() * weight).sum()
             entropy = (entropy * weight).sum()
             loss = pg_loss + args.vf_coef * v_loss - ent_coef * entropy
-            optimizer.zero_grad()
-            loss.backward()
-            if args.max_grad_norm:
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            optimizer.step()
+            descend(optimizer, loss, [agent], args.max_grad_norm, "policy")
             with torch.no_grad():
                 approx_kl = ((ratio - 1 - logratio) * weight).sum()
                 clipfrac = (((ratio - 1).abs() > args.clip_coef) * weight).sum()
@@ -888,16 +947,44 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
         draw_grid_belief(file, names[n], column, data["task"][n].cpu().numpy(), maps[:, n].cpu().numpy(), args.horizon)
 
 
+def capture_video(folder, envs, agent, model, args, blind=False):
+    """Films the first evaluation task of each family, most likely actions, all K episodes: video_<family>.gif.
+
+    Raises BadInput for environments without a camera, and on machines where nothing can draw.
+    """
+    if not hasattr(envs, "film"):
+        raise BadInput(f"--capture-video: {args.env_id} has no camera (Meta-World's environments have one)")
+    families = dict.fromkeys(name.split("/")[0] for name in envs.tasks)
+    names = [next(name for name in envs.tasks if name.split("/")[0] == family) for family in families]
+    agent.eval(), model.eval()
+    for first in range(0, len(names), envs.num_envs):
+        chunk = names[first : first + envs.num_envs]
+        padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
+        data = rollout(envs, agent, model, args, blind, padded, deterministic=True)
+        for row, name in enumerate(chunk):
+            file = Path(folder) / f"video_{name.split('/')[0]}.gif"
+            replayed = envs.film(name, row, data["actions"][:, row].cpu().numpy(), file)
+            assert np.array_equal(replayed, data["rewards"][:, row].cpu().numpy()), f"{file} is of another episode"
+            print(file)
+
+
 # ---------- 10. Checkpoint and metrics ----------
 
 
 def save_checkpoint(path, state):
-    """Atomic: a reader finds the old file or the new one, whole; the one before it stays as <name>.previous."""
+    """Atomic: a reader finds the old file or the new one, whole; the one before it stays as <name>.previous.
+
+    Raises OSError where the disk is full, say; then both are as they were.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the file says
+        temporary.unlink(missing_ok=True)
+        raise OSError(str(error.__context__ or error).splitlines()[0]) from error
     if path.exists():
         previous = path.with_name(path.name + ".previous")
         previous.unlink(missing_ok=True)
@@ -906,6 +993,16 @@ def save_checkpoint(path, state):
         except OSError:
             pass  # a file system without links keeps the last one alone
     os.replace(temporary, path)
+
+
+def check_disk(folder, size):
+    """BadInput unless there is room for three checkpoints of `size` bytes: the last, the one before, the next one."""
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("checkpoint.pt*"))
+    if free < 3 * size:
+        raise BadInput(
+            f"{folder} has room for {free / 1e6:,.0f} MB, the checkpoints need {3 * size / 1e6:,.0f}: free some, "
+            f"choose another --run-dir or a smaller --buffer-size"
+        )
 
 
 def load_checkpoint(path, device="cpu"):
@@ -919,8 +1016,9 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         script = state.get("script") if isinstance(state, dict) else None
         raise BadInput(f"{path} is a checkpoint of {script or 'another program'}, not of {SCRIPT}")
-    if "args" not in state:
-        raise BadInput(f"{path} is not a whole checkpoint: it has no args")
+    odd = set(state) ^ {"script", "args", "iteration", "global_step", "metrics_bytes", "processes", *PARTS}
+    if odd:
+        raise BadInput(f"{path} is not a whole checkpoint, or more than one: {', '.join(sorted(odd))}")
     odd = set(state["args"]) ^ {field.name for field in fields(Args)}
     if odd:
         raise BadInput(f"{path} comes from another version of {SCRIPT}: arguments differ in {', '.join(sorted(odd))}")
@@ -955,6 +1053,7 @@ class Metrics:
             import wandb
 
             self.wandb = wandb.init(project="meta-rl", name=folder.name, config=asdict(args), dir=folder)
+            self.wandb.define_metric("*", step_metric="global_step")
 
     def write(self, scalars, step):
         for key, value in scalars.items():
@@ -975,14 +1074,19 @@ class Metrics:
 
 
 def main(args):
-    check_args(args)
-    device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_num_threads(1)  # these networks are small: more threads wait for each other and take the workers' cores
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun --nproc-per-node
+        backend = "nccl" if args.cuda and torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first one evaluates
+    check_args(args)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    if args.cuda:
+        torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     state = load_checkpoint(args.resume or args.evaluate, device) if args.resume or args.evaluate else None
     name = f"{args.env_id.replace(':', '.')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir or f"runs/{name}")
-    envs = make_args_envs(args, args.num_envs, "train", device)
+    envs = make_args_envs(args, args.num_envs // ranks(), "train", device)
     eval_envs = {}
     try:
         for name in ("horizon", "episodes_per_task"):
@@ -992,24 +1096,34 @@ def main(args):
                 )
             setattr(args, name, getattr(envs, name))
         check_args(args)
-        eval_envs = make_eval_envs(args, device) if args.evaluate or args.eval_interval >= 0 else {}
+        if leads() and (args.evaluate or args.eval_interval >= 0):
+            eval_envs = make_eval_envs(args, device)
         train(args, envs, eval_envs, device, folder, state)
     finally:
         for made in (envs, *eval_envs.values()):
             made.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def train(args, envs, eval_envs, device, folder, state):
     model = BeliefModel(args, envs).to(device)
     sizes = model.belief_sizes
     if args.oracle_context:  # naming the tasks draws none
-        sizes = [envs.reset(tasks=[envs.tasks[0]] * args.num_envs)[1]["task"].shape[1]]
+        sizes = [envs.reset(tasks=[envs.tasks[0]] * envs.num_envs)[1]["task"].shape[1]]
     agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, sizes).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
     belief_optimizer = torch.optim.Adam(model.parameters(), lr=args.belief_learning_rate, fused=True)
-    buffer = Buffer(args.buffer_size)
-    parts = dict(agent=agent, model=model, optimizer=optimizer, belief_optimizer=belief_optimizer)
-    parts |= dict(buffer=buffer, envs=envs)
+    buffer = Buffer(share(args.buffer_size))
+    parts = dict(zip(PARTS, (agent, model, optimizer, belief_optimizer)))
+    own = dict(buffer=buffer, envs=envs)  # of each process; the parts are the same in all of them
+    if dist.is_initialized():  # other tasks and other actions in each
+        envs.load_state_dict({"resets": dist.get_rank() << 32})
+        torch.manual_seed(args.seed ^ dist.get_rank() << 32)
+    if args.compile:
+        for module, names in ((agent, ("act", "forward")), (model, ("step", "belief"))):
+            for name in names:
+                setattr(module, name, torch.compile(getattr(module, name)))
 
     if args.evaluate:
         load_modules(args.evaluate, state, dict(agent=agent, model=model))
@@ -1020,6 +1134,8 @@ def train(args, envs, eval_envs, device, folder, state):
         folder.mkdir(parents=True, exist_ok=True)
         write_evaluation(folder, state["global_step"], scalars, details)
         draw_pictures(folder, eval_envs, details, agent, model, args)
+        if args.capture_video:
+            capture_video(folder, eval_envs["test"], agent, model, args, blind)
         return
 
     iteration, global_step, offset = 0, 0, 0
@@ -1029,12 +1145,15 @@ def train(args, envs, eval_envs, device, folder, state):
                 raise BadInput(
                     f"{flag(name)} {getattr(args, name)}: {args.resume} was saved with {state['args'][name]}"
                 )
-        load_modules(args.resume, state, parts)
+        if len(state["processes"]) != ranks():
+            raise BadInput(f"{args.resume} was saved by {len(state['processes'])} processes, and here are {ranks()}")
+        mine = state["processes"][dist.get_rank() if dist.is_initialized() else 0]
+        load_modules(args.resume, state | mine, parts | own)
         iteration, global_step, offset = state["iteration"], state["global_step"], state["metrics_bytes"]
-        torch.set_rng_state(state["rng"].cpu())
-        if args.cuda and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
-    state = None
+        torch.set_rng_state(mine["rng"].cpu())
+        if args.cuda and "cuda_rng" in mine:
+            torch.cuda.set_rng_state(mine["cuda_rng"].cpu())
+    state = mine = None
     saved = folder / "checkpoint.pt"
     if saved.exists() and not (args.resume and saved.samefile(args.resume)):
         raise BadInput(f"{folder} holds a run already: --resume {saved}, or choose another --run-dir")
@@ -1046,96 +1165,121 @@ def train(args, envs, eval_envs, device, folder, state):
         )
     except OSError as error:
         raise BadInput(f"cannot write to the run's folder: {error}") from error
-    metrics = Metrics(folder, args, offset, global_step)
-
-    signals = []  # the first SIGINT or SIGTERM ends the run after this iteration, saved; the second one at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: os._exit(128 + n) if signals else signals.append(n))
     steps = args.num_envs * envs.meta_horizon
     iterations = max(1, args.total_timesteps // steps)
     learns_belief = not (args.no_belief or args.oracle_context)
-    progress = tqdm(total=iterations * steps, initial=global_step, unit=" steps", unit_scale=True, mininterval=1)
-    started, first_step, results, details = time.time(), global_step, {}, None
+    metrics = Metrics(folder, args, offset, global_step) if leads() else None
 
-    while iteration < iterations and not signals:
-        iteration += 1
-        left = 1 - (iteration - 1) / iterations
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
-        belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
-        ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
-        clock = [time.perf_counter()]
+    # The first SIGINT or SIGTERM ends the run after this iteration, saved; the same one again, at once. (Ctrl-C reaches
+    # all processes, and torchrun then sends SIGTERM.)
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: os._exit(128 + n) if n in signals else signals.append(n))
+    progress = tqdm(
+        total=iterations * steps, initial=global_step, unit=" steps", unit_scale=True, mininterval=1,
+        disable=not leads(),
+    )  # fmt: skip
+    started, first_step, results, details, stop = time.time(), global_step, {}, None, False
 
-        blind = is_blind(global_step, args)
-        data = rollout(envs, agent, model, args, blind)
-        global_step += steps
-        clock.append(time.perf_counter())
+    try:
+        while iteration < iterations and not stop:
+            iteration += 1
+            left = 1 - (iteration - 1) / iterations
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
+            belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
+            ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
+            clock = [time.perf_counter()]
 
-        with torch.no_grad():
-            data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
-            last = agent.value(data["next_obs"][-1], data["beliefs"][-1])
-        data["values"] = torch.cat([values, last[None]])
-        rewards = data["rewards"]
-        if args.norm_reward:
-            rewards = normalise_rewards(rewards, data["alive"], agent.return_norm, args)
-        data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], data["alive"], args)
-        losses = {}
-        if global_step > max(steps, args.precollect):
-            losses = ppo_update(agent, optimizer, data, ent_coef, args)
-        # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
-        alive = data["alive"].flatten()
-        agent.obs_norm.update(data["obs"].flatten(0, 1), alive)
-        agent.first_norm.update(data["first_obs"], torch.ones_like(data["alive"][0]))
-        if not blind:
-            agent.belief_norm.update(data["beliefs"][:-1].flatten(0, 1), alive)
-        clock.append(time.perf_counter())
-
-        if learns_belief:
-            if args.standardise_inputs:  # the changes fall with the number of steps: the model's inputs soon hold still
-                model.obs_norm.update(data["next_obs"].flatten(0, 1), alive)
-                model.reward_norm.update(data["rewards"].view(-1, 1), alive)
-            buffer.add(data)
-            if global_step >= args.precollect:
-                for _ in range(args.belief_updates):
-                    terms = update_belief(model, belief_optimizer, buffer, args)
-                losses |= {f"belief_{key}": value for key, value in terms.items()}
-        clock.append(time.perf_counter())
-
-        progress.update(steps)
-        if global_step // LOG_EVERY > (global_step - steps) // LOG_EVERY or iteration == iterations:
-            episodes = data["rewards"].view(args.episodes_per_task, args.horizon, -1).sum(1).mean(1).tolist()
-            success = data["success"].view(args.episodes_per_task, args.horizon, -1).any(1).float().mean(1).tolist()
-            seconds = np.diff(clock)
-            scalars = {f"losses/{key}": value.item() for key, value in losses.items()}
-            scalars |= {f"charts/return_episode_{k + 1}": value for k, value in enumerate(episodes)}
-            scalars |= {"charts/episodic_return": episodes[-1], "charts/success_rate": success[-1]}
-            scalars |= {"charts/SPS": (global_step - first_step) / (time.time() - started)}
-            scalars |= dict(zip(("time/rollout", "time/ppo", "time/belief"), seconds / seconds.sum()))
-            scalars |= {"time/env": data["env_seconds"] / seconds.sum()}
-            metrics.write(scalars, global_step)
-            results |= {"return": episodes[-1], "success": success[-1]}
-            progress.set_postfix({key: f"{value:.2f}" for key, value in results.items()})
-        due = args.eval_interval > 0 and iteration % args.eval_interval == 0
-        if eval_envs and (due or iteration == iterations):
             blind = is_blind(global_step, args)
-            scalars, details = evaluate(eval_envs, agent, model, args, blind)
-            metrics.write(scalars, global_step)
-            write_evaluation(folder, global_step, scalars, details)
-            results |= {"test return": scalars["eval/test/return"], "test success": scalars["eval/test/success_rate"]}
-        due = args.checkpoint_interval > 0 and iteration % args.checkpoint_interval == 0
-        if due or signals or iteration == iterations:
-            state = {key: part.state_dict() for key, part in parts.items()}
-            state |= dict(script=SCRIPT, args=asdict(args), iteration=iteration, global_step=global_step)
-            state |= dict(metrics_bytes=metrics.file.tell(), rng=torch.get_rng_state())
-            if args.cuda:
-                state["cuda_rng"] = torch.cuda.get_rng_state()
-            try:
-                save_checkpoint(folder / "checkpoint.pt", state)
-            except OSError as error:
-                progress.write(f"checkpoint not saved at step {global_step}: {error}; the last good one stays")
-            state = None
+            data = rollout(envs, agent, model, args, blind)
+            global_step += steps
+            check_finite(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
+            if leads() and global_step == first_step + steps:
+                rows = min(args.buffer_size, iterations * args.num_envs) * learns_belief
+                check_disk(folder, rows * sum(data[name][:, 0].nbytes for name in buffer.NAMES))
+            clock.append(time.perf_counter())
+
+            with torch.no_grad():
+                data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
+                last = agent.value(data["next_obs"][-1], data["beliefs"][-1])
+            data["values"] = torch.cat([values, last[None]])
+            rewards = data["rewards"]
+            if args.norm_reward:
+                rewards = normalise_rewards(rewards, data["alive"], agent.return_norm, args)
+            data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], data["alive"], args)
+            losses = {}
+            if global_step > max(steps, args.precollect):
+                losses = ppo_update(agent, optimizer, data, ent_coef, args)
+            # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
+            alive = data["alive"].flatten()
+            agent.obs_norm.update(data["obs"].flatten(0, 1), alive)
+            agent.first_norm.update(data["first_obs"], torch.ones_like(data["alive"][0]))
+            if not blind:
+                agent.belief_norm.update(data["beliefs"][:-1].flatten(0, 1), alive)
+            clock.append(time.perf_counter())
+
+            if learns_belief:
+                if args.standardise_inputs:  # the changes fall with the number of steps
+                    model.obs_norm.update(data["next_obs"].flatten(0, 1), alive)
+                    model.reward_norm.update(data["rewards"].view(-1, 1), alive)
+                buffer.add(data)
+                if global_step >= args.precollect:
+                    for _ in range(args.belief_updates):
+                        terms = update_belief(model, belief_optimizer, buffer, args)
+                    losses |= {f"belief_{key}": value for key, value in terms.items()}
+            clock.append(time.perf_counter())
+
+            progress.update(steps)
+            if global_step // LOG_EVERY > (global_step - steps) // LOG_EVERY or iteration == iterations:
+                episodes = data["rewards"].view(args.episodes_per_task, args.horizon, -1).sum(1).mean(1)
+                success = data["success"].view(args.episodes_per_task, args.horizon, -1).any(1).float().mean(1)
+                episodes, success = ((all_sum(x) / ranks()).tolist() for x in (episodes, success))
+                seconds = np.diff(clock)
+                scalars = {f"losses/{key}": all_sum(value).item() for key, value in losses.items()}
+                scalars |= {f"charts/return_episode_{k + 1}": value for k, value in enumerate(episodes)}
+                scalars |= {"charts/episodic_return": episodes[-1], "charts/success_rate": success[-1]}
+                scalars |= {"charts/SPS": (global_step - first_step) / (time.time() - started)}
+                scalars |= dict(zip(("time/rollout", "time/ppo", "time/belief"), seconds / seconds.sum()))
+                scalars |= {"time/env": data["env_seconds"] / seconds.sum()}
+                if leads():
+                    metrics.write(scalars, global_step)
+                results |= {"return": episodes[-1], "success": success[-1]}
+                progress.set_postfix({key: f"{value:.2f}" for key, value in results.items()})
+            due = args.eval_interval > 0 and iteration % args.eval_interval == 0
+            if eval_envs and (due or iteration == iterations):
+                blind = is_blind(global_step, args)
+                scalars, details = evaluate(eval_envs, agent, model, args, blind)
+                metrics.write(scalars, global_step)
+                write_evaluation(folder, global_step, scalars, details)
+                results |= {"test return": scalars["eval/test/return"]}
+                results |= {"test success": scalars["eval/test/success_rate"]}
+            due = args.checkpoint_interval > 0 and iteration % args.checkpoint_interval == 0
+            stop = bool(all_sum(torch.tensor(len(signals), device=device)))  # all processes stop together
+            if due or stop or iteration == iterations:
+                mine = {key: part.state_dict() for key, part in own.items()} | dict(rng=torch.get_rng_state())
+                if args.cuda:
+                    mine["cuda_rng"] = torch.cuda.get_rng_state()
+                processes = [mine]
+                if dist.is_initialized():
+                    processes = [None] * ranks()
+                    dist.gather_object(mine, processes if leads() else None)
+                if leads():
+                    state = {key: part.state_dict() for key, part in parts.items()} | dict(processes=processes)
+                    state |= dict(script=SCRIPT, args=asdict(args), iteration=iteration, global_step=global_step)
+                    state |= dict(metrics_bytes=metrics.file.tell())
+                    try:
+                        save_checkpoint(folder / "checkpoint.pt", state)
+                    except OSError as error:
+                        progress.write(f"checkpoint not saved at step {global_step}: {error}; the last good one stays")
+                state = mine = processes = None
+    except FloatingPointError as error:
+        raise FloatingPointError(f"iteration {iteration}: {error}; the last checkpoint stands") from None
+    finally:
+        progress.close()
     if details and iteration == iterations:
         draw_pictures(folder, eval_envs, details, agent, model, args)
-    progress.close()
+    if not leads():
+        return
     metrics.close()
     print(f"{global_step} steps in {time.time() - started:.0f} s: {folder}")
 
@@ -1151,6 +1295,6 @@ if __name__ == "__main__":
     except BadInput as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except (WorkerError, OSError) as error:  # the last checkpoint stands
+    except (WorkerError, FloatingPointError, OSError) as error:  # the last checkpoint stands
         print(*getattr(error, "__notes__", ()), f"{SCRIPT}.py: {error}", sep="\n", file=sys.stderr)
         sys.exit(1)

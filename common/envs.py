@@ -19,6 +19,7 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     envs.tasks                   names of the split's fixed evaluation tasks, "family/which"; `reset(tasks=names)`
                                  sets N of them and draws nothing
     envs.same_splits             True where the test split holds the training tasks, all of them; may be absent
+    envs.film                    film(name, row, actions, path) replays a meta-episode into a GIF; may be absent
     state_dict, load_state_dict  all that decides later draws: the number of resets so far
 
 Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`

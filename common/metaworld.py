@@ -3,15 +3,29 @@
 `make_metaworld` serves metaworld's own environments: observations, rewards and successes are theirs to the last bit.
 Four fifths of their step is Python, though, so the workers use `FastSawyer`, the same computation without the detours
 (`fast=False` does without it; tests/test_metaworld.py holds the two against each other).
+
+The workers draw no pictures. `film`, a method of these vector environments, plays a recorded meta-episode again in an
+environment of its own, to the same last bit, and draws that.
 """
 
 import difflib
+import importlib
 import math
+import os
+import subprocess
+import sys
 import types
 from functools import cache, lru_cache, partial
 from unittest import mock
 
-import mujoco
+try:
+    import mujoco
+except Exception as error:  # importing mujoco loads the renderer that MUJOCO_GL names
+    if not os.environ.get("MUJOCO_GL"):
+        raise
+    from common.envs import BadInput
+
+    raise BadInput(f"MuJoCo does not start with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}") from error
 import numpy as np
 from gymnasium.spaces import Box
 from metaworld import ML1, ML10, ML45
@@ -67,7 +81,7 @@ def make_metaworld(
     if not 1 <= horizon <= MAX_HORIZON:
         raise BadInput(f"horizon must be between 1 and {MAX_HORIZON} for {env_id}, not {horizon}")
     families, tasks = benchmark_tasks(benchmark, family, seed)
-    return WorkerVectorEnv(
+    return MetaWorldEnvs(
         {name: partial(make_sawyer, name, reward_version, fast) for name in families},
         tasks[split],
         num_envs,
@@ -113,6 +127,75 @@ def _with_goal(cls):
         return obs, {**info, "task": self._target_pos.copy()}
 
     return type(cls.__name__, (cls,), {"reset": reset})
+
+
+# ---------- Pictures ----------
+
+
+class MetaWorldEnvs(WorkerVectorEnv):
+    """The environments in their worker processes, and a camera in this one."""
+
+    def film(self, name, row, actions, path, every=5):
+        """Plays a meta-episode again, here, and draws it: an animated GIF at `path`, its speed the robot's.
+
+        name, row: the task, and the environment that was reset into it by name. actions: float32 (T, A), as `step`
+        received them. every: steps from one picture to the next; the last step of an episode has one too.
+        Returns the rewards of the replay, float32 (T,), which are those of the worker to the last bit.
+        Raises BadInput where MuJoCo cannot draw.
+        """
+        from PIL import Image, ImageDraw  # only here: the workers import this module
+
+        family, _, data = self._task[name]
+        env = self._make[family]()
+        env.set_task(data)
+        with mock.patch.object(mujoco.gl_context, "GLContext", drawing_context()):
+            renderer = mujoco.Renderer(env.model, height=240, width=320)
+        for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            renderer.scene.flags[effect] = 0  # the two take three quarters of the time, without a GPU
+        rewards, pictures, durations = np.zeros(len(actions), np.float32), [], []
+        for t, action in enumerate(np.clip(actions, self.single_action_space.low, self.single_action_space.high)):
+            episode, step = divmod(t, self.horizon)
+            if step == 0:  # as a worker does it: a seed for the meta-episode, none for the episodes after
+                env.reset(seed=None if t else row)
+                success = False
+            _, rewards[t], _, _, info = env.step(action)
+            success = success or bool(info["success"])
+            last = step == self.horizon - 1
+            if step % every == 0 or last:
+                renderer.update_scene(env.data, camera="corner4")
+                picture = Image.fromarray(renderer.render()[::-1, ::-1])  # this camera hangs upside down
+                caption = f"episode {episode + 1}, step {step + 1}" + ", success" * success
+                colour = "lightgreen" if success else "white"
+                ImageDraw.Draw(picture).text((8, 6), caption, fill=colour, font_size=14)
+                pictures.append(picture)
+                durations.append(800 if last else 1000 * env.dt * every)  # milliseconds
+        renderer.close()
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        return rewards
+
+
+@cache
+def drawing_context():
+    """A class of OpenGL contexts in which MuJoCo draws here, without a screen.
+
+    MuJoCo settles on one when it is imported, by MUJOCO_GL: by default one that needs a screen. The workers import it
+    as well and never draw, so MUJOCO_GL stays as it is, and the choice is made when the first picture is due: what
+    MUJOCO_GL says, else the first that draws of EGL (a GPU, or Mesa), OSMesa (Mesa, on the CPU) and MuJoCo's default.
+    Each is tried in a process of its own, since a failed one cannot be unloaded, and may take its process with it.
+    Raises BadInput where none draws.
+    """
+    from common.envs import BadInput
+
+    asked = os.environ.get("MUJOCO_GL", "")
+    trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).render()"
+    for name in [asked] if asked else ["egl", "osmesa", ""]:
+        environment = {**os.environ, "MUJOCO_GL": name}
+        if subprocess.run([sys.executable, "-c", trial], env=environment, capture_output=True).returncode == 0:
+            return (mujoco.gl_context if name == asked else importlib.import_module(f"mujoco.{name}")).GLContext
+    raise BadInput(
+        f"MuJoCo cannot draw here with {f'MUJOCO_GL={asked}' if asked else 'EGL, OSMesa or a screen'}: "
+        "install libegl1 or libosmesa6 (apt-get install), and leave MUJOCO_GL unset or set it to egl or osmesa"
+    )
 
 
 # ---------- The fast path ----------

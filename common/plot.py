@@ -1,6 +1,18 @@
-"""Pictures of runs."""
+"""Pictures of one run, and of many: python -m common.plot RUNS... --key eval/test/success_rate
 
+The command draws learning curves and adaptation over the episodes of a task, a line for each group of seeds, and prints
+their last values as a Markdown table. Lines are interquartile means over seeds (up to three seeds: means), bands are
+95 % bootstrap intervals of them.
+"""
+
+import argparse
+import csv
+import difflib
+import json
 import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 
@@ -8,6 +20,16 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Ellipse
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from common.envs import BadInput
+
+# arguments that change nothing of what a run learns
+NO_SETTING = set(
+    "seed run_dir resume evaluate cuda compile track capture_video eval_interval checkpoint_interval versions".split()
+)
+UNITS = {"success": "fraction of tasks", "return": "sum of rewards"}
+MAX_POINTS = 200  # of a curve
 
 
 def draw_grid_belief(file, title, path, goal, maps, horizon):
@@ -69,3 +91,178 @@ def draw_mixture(file, means, stds, tasks):
     figure.tight_layout(rect=(0, 0.06 + 0.05 * math.ceil(len(labels) / 8), 1, 1))
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def read_run(folder):
+    """A run: folder, config (its arguments) and metrics, key -> array (2, N) of steps, increasing, and values.
+
+    A last line without its end is still being written, or never was: it is left out. Raises BadInput.
+    """
+    for name in ("config.json", "metrics.csv"):
+        if not Path(folder, name).is_file():
+            raise BadInput(f"{folder} holds no run: it has no {name}")
+    try:
+        config = json.loads(Path(folder, "config.json").read_text())
+        config["script"], config["env_id"], config["seed"]  # what every run has
+    except (ValueError, TypeError, KeyError):
+        raise BadInput(f"{folder}/config.json does not hold a run's arguments") from None
+    lines = Path(folder, "metrics.csv").read_text(errors="replace").split("\n")[:-1]
+    if lines[:1] != ["global_step,key,value"]:
+        raise BadInput(f"{folder}/metrics.csv does not begin with the line global_step,key,value")
+    metrics, rows = {}, csv.reader(lines[1:])
+    try:
+        for step, key, value in rows:
+            metrics.setdefault(key, {})[int(step)] = float(value)
+    except (ValueError, csv.Error):
+        raise BadInput(f"{folder}/metrics.csv: line {rows.line_num + 1} is not a step, a key and a value") from None
+    metrics = {key: np.array(sorted(points.items())).T for key, points in metrics.items()}
+    return SimpleNamespace(folder=folder, config=config, metrics=metrics)
+
+
+def group_runs(runs):
+    """Label -> its runs: of one script and one environment, with the same arguments (NO_SETTING aside).
+
+    A label names the arguments that differ among the runs of its script and environment; one that an older run does not
+    know yet counts as off. Raises BadInput when a group has a seed twice: it would count as two.
+    """
+    groups = {}
+    for run in runs:
+        words = [run.config["script"], run.config["env_id"]]
+        peers = [peer.config for peer in runs if [peer.config["script"], peer.config["env_id"]] == words]
+        for name in dict.fromkeys(name for config in peers for name in config if name not in NO_SETTING):
+            value = run.config.get(name, False)
+            if value is not False and any(config.get(name, False) != value for config in peers):
+                values = [] if value is True else value if isinstance(value, list) else [value]
+                words += ["--" + name.replace("_", "-")]
+                words += [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+        groups.setdefault(" ".join(words), []).append(run)
+    for label, members in groups.items():
+        if len({run.config["seed"] for run in members}) < len(members):
+            names = ", ".join(f"{run.folder} (seed {run.config['seed']})" for run in members)
+            raise BadInput(f"a seed of {label} is there twice: {names}")
+    return groups
+
+
+def common_steps(label, runs, key):
+    """The steps (S) at which any of the runs has the key, where all have begun and none has ended; at most MAX_POINTS.
+
+    Raises BadInput when there are none.
+    """
+    steps = [run.metrics[key][0] for run in runs]
+    low, high = max(s[0] for s in steps), min(s[-1] for s in steps)
+    if low > high:
+        raise BadInput(f"the runs of {label} have no steps of {key} in common")
+    grid = np.unique(np.concatenate(steps))
+    grid = grid[(low <= grid) & (grid <= high)]
+    return grid if len(grid) <= MAX_POINTS else np.linspace(low, high, MAX_POINTS)
+
+
+def values_at(runs, key, steps):
+    """The key's values (runs, S) at steps (S), linear between a run's rows. Raises BadInput for a nan among them."""
+    values = np.stack([np.interp(steps, *run.metrics[key]) for run in runs])
+    for run, row in zip(runs, values):
+        if not np.isfinite(row).all():
+            raise BadInput(f"{run.folder}: {key} is not a finite number everywhere")
+    return values
+
+
+def interquartile_mean(values):
+    """Over seeds, values (seeds, S): the mean without a quarter at each end, rounded down, and the lower and upper end
+    of its 95 % percentile bootstrap interval, nan for a single seed: (3, S)."""
+    from scipy.stats import bootstrap, trim_mean  # here: it takes a second, and training does not need it
+
+    def mean(x, axis):
+        return trim_mean(x, 0.25, axis=axis)
+
+    low = high = np.full(values.shape[1], np.nan)
+    if len(values) > 1:  # whole seeds are drawn; batches bound the memory
+        drawn = bootstrap((values,), mean, method="percentile", batch=500, rng=np.random.default_rng(0))
+        low, high = drawn.confidence_interval
+    return np.stack([mean(values, 0), low, high])
+
+
+def draw_lines(file, lines, xlabel, ylabel):
+    """One PNG. lines: label -> (x (N), array (3, N) of heights and the ends of their bands, nan for none)."""
+    figure, axis = plt.subplots(figsize=(7, 4.4 + 0.2 * len(lines)), layout="constrained")
+    for i, (label, (x, (y, low, high))) in enumerate(lines.items()):
+        style = dict(color=f"C{i % 10}", linestyle=("-", "--", "-.")[i % 3], marker="o" if len(x) < 30 else "")
+        axis.plot(x, y, ms=4, label=label, **style)
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.2)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1M
+    if "success" in ylabel:
+        axis.set_ylim(-0.03, 1.03)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", title="interquartile mean and its 95 % bootstrap interval over seeds")
+    figure.savefig(file, dpi=110, bbox_inches="tight")  # tight: a long label widens the picture
+    plt.close(figure)
+
+
+def show(mean, low, high):
+    """A cell of the table; without an interval where there is none."""
+    return f"{mean:.4g}" if np.isnan(low) else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def compare(folders, key, out):
+    """learning_curves.png and adaptation.png in the folder `out`; returns the table, lines of Markdown.
+
+    Its values, and the adaptation's, are those at the last step that all runs of a group have reached. Raises BadInput.
+    """
+    if not folders:
+        raise BadInput("which runs? name at least one run's folder")
+    runs = [read_run(folder) for folder in folders]
+    keys = sorted({name for run in runs for name in run.metrics})
+    if key not in keys:
+        near = ", ".join(difflib.get_close_matches(key, keys, n=5, cutoff=0)) or "none at all"
+        raise BadInput(f"no run has the key {key}; the nearest they have: {near}")
+    for run in runs:
+        if key not in run.metrics:
+            print(f"plot: {run.folder} has no {key} and is left out", file=sys.stderr)
+    split = "/".join(key.split("/")[: 2 if key.startswith("eval/") else 1])
+    word, name = ("success", "success_rate") if "success" in key else ("return", "return")
+    curves, adaptation = {}, {}
+    table = [
+        f"| group | seeds | steps | {key}: IQM [95 % interval] | {word} of episodes 1 to K |",
+        "|---|---|---|---|---|",
+    ]
+    for label, members in group_runs([run for run in runs if key in run.metrics]).items():
+        steps = common_steps(label, members, key)
+        ends = {run.metrics[key][0, -1]: run.folder for run in members}
+        if len(ends) > 1:
+            print(f"plot: {label} stops at step {steps[-1]:,.0f}, the last of {ends[min(ends)]}", file=sys.stderr)
+        legend = f"{label} ({len(members)} seed{'s' * (len(members) > 1)})"
+        curve = interquartile_mean(values_at(members, key, steps))
+        curves[legend] = steps, curve
+        episodes = [f"{split}/{name}_episode_{k}" for k in range(1, len(members[0].metrics))]
+        episodes = [episode for episode in episodes if all(episode in run.metrics for run in members)]
+        if episodes:
+            values = np.concatenate([values_at(members, episode, steps[-1:]) for episode in episodes], axis=1)
+            adaptation[legend] = np.arange(1, len(episodes) + 1), interquartile_mean(values)
+        cells = [show(*column) for column in adaptation[legend][1].T] if episodes else ["-"]
+        table.append(f"| {label} | {len(members)} | {steps[-1]:,.0f} | {show(*curve[:, -1])} | {', '.join(cells)} |")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    unit = f" ({UNITS[word]})" if word in key else ""
+    draw_lines(Path(out, "learning_curves.png"), curves, "environment steps", key + unit)
+    if adaptation:
+        draw_lines(Path(out, "adaptation.png"), adaptation, "episode of a task", f"{split}: {word} ({UNITS[word]})")
+    else:
+        print(f"plot: no picture of the adaptation, as no run has {split}/{name}_episode_1", file=sys.stderr)
+    return table
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m common.plot", description=__doc__.split("\n\n")[1])
+    parser.add_argument("runs", nargs="*", help="folders of runs")
+    parser.add_argument("--key", default="eval/test/return", help="a key of their metrics.csv (%(default)s)")
+    parser.add_argument("--out", default=".", help="folder for the pictures (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        print(*compare(args.runs, args.key, args.out), sep="\n")
+    except (BadInput, OSError) as error:
+        print(f"plot: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -76,7 +76,7 @@ class WorkerVectorEnv:
         self.horizon, self.episodes_per_task = horizon, episodes_per_task
         self.meta_horizon = horizon * episodes_per_task
         self.single_observation_space, self.single_action_space = spaces or _spaces_of(next(iter(families.values())))
-        self.families = list(families)
+        self.families, self._make = list(families), families
         self.tasks = [f"{family}/{name}" for family, name, _ in tasks]
         self._task = dict(zip(self.tasks, tasks))
         self._names = {family: [n for n in self.tasks if self._task[n][0] == family] for family in families}

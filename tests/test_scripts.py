@@ -265,7 +265,7 @@ def test_floor_and_ceiling(script, context, tmp_path, monkeypatch):
     for data in made:
         belief = data["task"] if context == "--oracle-context" else torch.zeros(len(data["task"]), 1)
         assert torch.equal(data["beliefs"], belief.expand_as(data["beliefs"]))
-    assert len(made) > 4 and not end["buffer"]["store"] and not end["belief_optimizer"]["state"]
+    assert len(made) > 4 and not end["processes"][0]["buffer"]["store"] and not end["belief_optimizer"]["state"]
 
 
 @SCRIPTS
@@ -275,7 +275,9 @@ def test_warmup_of_the_belief(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
     end = run(script, tmp_path, "--belief-warmup", "80")
     assert [bool(data["beliefs"].any()) for data in made] == [False, False, True, True]
-    assert end["buffer"]["full"] == 10 and {key for _, key, _ in metrics(tmp_path)} > {"losses/belief_reward"}
+    assert end["processes"][0]["buffer"]["full"] == 10 and {key for _, key, _ in metrics(tmp_path)} > {
+        "losses/belief_reward"
+    }
 
 
 # ---------- The same again: seeds, resume, signals ----------
@@ -312,7 +314,7 @@ def test_resume(script, env_id, tmp_path):
     again = torch.load(resumed / "checkpoint.pt")
     assert set(same(end, again)) <= {"/args/run_dir", "/args/resume", "/metrics_bytes"}
     assert metrics(straight) == metrics(resumed) and len(metrics(straight)) > 30
-    assert end["iteration"] == again["iteration"] == 4 and end["buffer"]["full"] > 4
+    assert end["iteration"] == again["iteration"] == 4 and end["processes"][0]["buffer"]["full"] > 4
 
 
 @SCRIPTS

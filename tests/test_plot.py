@@ -1,0 +1,327 @@
+"""Curves and tables over seeds, against sums, sorts and loops written out here."""
+
+import csv
+import json
+import random
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from common import plot
+from common.envs import BadInput
+
+KEY = "eval/test/return"
+
+
+def write_run(folder, rows, script="varibad", env_id="GridWorld", seed=1, **arguments):
+    """A run's folder as a run leaves it. rows: (step, key, value)."""
+    folder.mkdir()
+    config = dict(script=script, env_id=env_id, seed=seed, run_dir=str(folder), **arguments)
+    (folder / "config.json").write_text(json.dumps(config))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("global_step", "key", "value"), *rows])
+    return str(folder)
+
+
+def curve(values, steps=(0, 1000), key=KEY):
+    return [(step, key, value) for step, value in zip(steps, values)]
+
+
+def command(capsys, *words):
+    """Exit status, lines of stdout, lines of stderr of python -m common.plot words."""
+    status = 0
+    try:
+        plot.main([str(word) for word in words])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err.splitlines()
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def sort_and_drop(numbers):
+    """The mean of a list without its lowest and its highest quarter."""
+    kept = sorted(numbers)
+    for _ in range(len(numbers) // 4):
+        kept.remove(min(kept))
+        kept.remove(max(kept))
+    return sum(kept) / len(kept)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What reaches the pictures: file name -> (lines, x label, y label); nothing is drawn."""
+    calls = {}
+    monkeypatch.setattr(plot, "draw_lines", lambda file, *words: calls.update({file.name: words}))
+    return calls
+
+
+# ---------- Numbers ----------
+
+
+@pytest.mark.parametrize("seeds", range(1, 13))
+def test_interquartile_mean(seeds):
+    values = np.random.default_rng(seeds).normal(size=(seeds, 3))
+    values[0] = 1e6  # an outlier: gone as soon as there is a quarter to drop
+    mean = plot.interquartile_mean(values)[0]
+    np.testing.assert_allclose(mean, [sort_and_drop(list(column)) for column in values.T])
+    assert (mean < 100).all() == (seeds >= 4)
+
+
+@pytest.mark.parametrize("seeds", [5, 10])
+def test_interval_is_the_percentile_bootstrap(seeds):
+    values = np.random.default_rng(seeds).normal(size=(seeds, 2))
+    dice = random.Random(1)
+    mean, low, high = plot.interquartile_mean(values)
+    for column, *interval in zip(values.T.tolist(), low, high):
+        draws = sorted(sort_and_drop([dice.choice(column) for _ in column]) for _ in range(8000))
+        spread = draws[7800] - draws[200]
+        np.testing.assert_allclose(interval, [draws[200], draws[7800]], atol=0.05 * spread)
+    assert (values.min(0) <= low).all() and (low < mean).all() and (mean < high).all() and (high <= values.max(0)).all()
+
+
+def test_interval_is_equivariant_and_repeatable():
+    values = np.random.default_rng(3).normal(size=(6, 4))
+    mean, low, high = plot.interquartile_mean(values)
+    np.testing.assert_array_equal(plot.interquartile_mean(values), [mean, low, high])
+    np.testing.assert_allclose(plot.interquartile_mean(5 - 2 * values), [5 - 2 * mean, 5 - 2 * high, 5 - 2 * low])
+    assert np.isnan(plot.interquartile_mean(values[:1])[1:]).all()  # one seed tells no spread
+    np.testing.assert_allclose(plot.interquartile_mean(values[[0, 0, 0]]), [values[0]] * 3)  # nor do equal ones
+
+
+def test_interval_covers_the_mean():
+    values = np.random.default_rng(4).normal(size=(20, 100))  # 100 experiments of 20 seeds, all of mean 0
+    _, low, high = plot.interquartile_mean(values)
+    assert 0.86 < ((low < 0) & (0 < high)).mean() < 0.98  # a percentile interval of few seeds is a little narrow
+
+
+def test_runs_with_other_steps_are_interpolated_where_all_have_values(tmp_path):
+    rows = [[(0, 5.0), (100, 1.0), (400, 7.0)], [(50, 2.0), (250, 6.0), (900, -3.0)], [(30, 0.0), (500, 47.0)]]
+    folders = [
+        write_run(tmp_path / str(seed), [(step, KEY, value) for step, value in run], seed=seed)
+        for seed, run in enumerate(rows)
+    ]
+    runs = [plot.read_run(folder) for folder in folders]
+    steps = plot.common_steps("group", runs, KEY)
+    assert steps.tolist() == [50, 100, 250, 400]  # from the last to begin to the first to end
+    found = plot.values_at(runs, KEY, steps)
+    for i, run in enumerate(rows):
+        for j, step in enumerate(steps):
+            for (s, a), (t, b) in zip(run, run[1:]):
+                if s <= step <= t:
+                    assert found[i, j] == pytest.approx(a + (b - a) * (step - s) / (t - s))
+    np.testing.assert_allclose(found[:, 1], [1, 3, 7])  # by hand
+
+
+def test_long_runs_have_so_many_points(tmp_path):
+    folder = write_run(tmp_path / "run", curve(range(1000), range(10, 5010, 5)))
+    run = plot.read_run(folder)
+    steps = plot.common_steps("group", [run], KEY)
+    assert len(steps) == plot.MAX_POINTS and steps[0] == 10 and steps[-1] == 5005
+    np.testing.assert_allclose(plot.values_at([run], KEY, steps)[0], (steps - 10) / 5)
+
+
+# ---------- Files ----------
+
+
+def test_a_line_without_its_end_is_left_out(tmp_path):
+    folder = write_run(tmp_path / "run", curve([1.5, 2.5]))
+    with open(tmp_path / "run/metrics.csv", "a") as file:
+        file.write(f"2000,{KEY},9")  # of 9.75
+    np.testing.assert_array_equal(plot.read_run(folder).metrics[KEY], [[0, 1000], [1.5, 2.5]])
+
+
+def test_the_later_of_two_rows_and_any_order(tmp_path):
+    run = plot.read_run(write_run(tmp_path / "run", curve([3, 1, 2], [20, 10, 10])))
+    np.testing.assert_array_equal(run.metrics[KEY], [[10, 20], [2, 3]])
+
+
+# ---------- Groups ----------
+
+
+def test_seeds_are_one_group_and_flags_are_others(tmp_path):
+    base = dict(no_belief=False, kl_coef=0.1, policy_layers=[32], cuda=False, versions=dict(torch="1"))
+    settings = [
+        dict(seed=1),
+        dict(seed=2, cuda=True, versions=dict(torch="2"), eval_interval=7),
+        dict(seed=1, no_belief=True),
+        dict(seed=1, kl_coef=0.25, policy_layers=[64, 64]),
+        dict(seed=1, env_id="ML1-reach", no_belief=True),  # nothing to tell it from, there
+        dict(seed=1, script="dme", reward_coef=5.0),
+        dict(seed=2, no_belief=True),
+    ]
+    runs = [plot.read_run(write_run(tmp_path / str(i), [], **base | s)) for i, s in enumerate(settings)]
+    groups = plot.group_runs(runs)
+    assert {label: [runs.index(run) for run in members] for label, members in groups.items()} == {
+        "varibad GridWorld --kl-coef 0.1 --policy-layers 32": [0, 1],
+        "varibad GridWorld --no-belief --kl-coef 0.1 --policy-layers 32": [2, 6],
+        "varibad GridWorld --kl-coef 0.25 --policy-layers 64 64": [3],
+        "varibad ML1-reach": [4],
+        "dme GridWorld": [5],
+    }
+
+
+def test_an_argument_that_an_older_run_does_not_know_is_off(tmp_path):
+    settings = [dict(), dict(obs_shift=0.0, hard_y=False), dict(obs_shift=0.5), dict(hard_y=True)]
+    runs = [plot.read_run(write_run(tmp_path / str(i), [], seed=i, **s)) for i, s in enumerate(settings)]
+    assert list(plot.group_runs(runs[:2])) == ["varibad GridWorld"]
+    assert list(plot.group_runs(runs[::2])) == ["varibad GridWorld", "varibad GridWorld --obs-shift 0.5"]
+    assert list(plot.group_runs(runs[::3])) == ["varibad GridWorld", "varibad GridWorld --hard-y"]
+
+
+# ---------- The command ----------
+
+
+def test_table_and_pictures(tmp_path, capsys, drawn):
+    last = {1: [4.0, 10.0], 2: [3.0, 11.0], 3: [5.0, 12.0], 4: [400.0, 1300.0]}  # by seed: return of the two episodes
+    folders = []
+    for seed, (one, two) in last.items():
+        rows = curve([0, one], key=f"{KEY}_episode_1") + curve([0, two], key=f"{KEY}_episode_2") + curve([seed, two])
+        folders.append(write_run(tmp_path / f"v{seed}", rows, seed=seed))
+    rows = curve([0.25, 0.5], [0, 2000], f"{KEY}_episode_1") + curve([-1, 0.125], [0, 2000])
+    folders.append(write_run(tmp_path / "d", rows, script="dme"))
+    status, out, err = command(capsys, *folders, "--key", KEY, "--out", tmp_path / "new/folder")
+    assert (status, err) == (0, [])
+    assert cells(out[0])[:3] == ["group", "seeds", "steps"] and KEY in cells(out[0])[3]
+    assert set(out[1]) == set("|-") and len({line.count("|") for line in out}) == 1 and len(out) == 4
+    group, seeds, steps, result, episodes = cells(out[2])
+    assert (group, seeds, steps) == ("varibad GridWorld", "4", "1,000")
+    # of 4 seeds the middle two count: 4, 5 and 11, 12. Three draws or four of 4 are the lowest seed with probability
+    # 13 / 256, more than the 2.5 % below the interval: its ends are the lowest and the highest seed
+    assert result == "11.5 [10, 1300]" and episodes == "4.5 [3, 400], 11.5 [10, 1300]"
+    assert cells(out[3]) == ["dme GridWorld", "1", "2,000", "0.125", "0.5"]
+    (curves, *labels), (adaptation, *_) = drawn["learning_curves.png"], drawn["adaptation.png"]
+    assert list(curves) == list(adaptation) == ["varibad GridWorld (4 seeds)", "dme GridWorld (1 seed)"]
+    assert labels == ["environment steps", "eval/test/return (sum of rewards)"]
+    x, y = curves["varibad GridWorld (4 seeds)"]
+    assert x.tolist() == [0, 1000] and y[0].tolist() == [2.5, 11.5]
+    x, y = adaptation["varibad GridWorld (4 seeds)"]
+    assert x.tolist() == [1, 2] and y[0].tolist() == [4.5, 11.5]
+
+
+def test_adaptation_is_of_the_keys_split_and_kind(tmp_path, capsys, drawn):
+    rows, wanted, dice = [], {}, random.Random(0)
+    for split in ("eval/train", "eval/test", "charts"):
+        for name in ("return", "success_rate"):
+            wanted[split, name] = [round(dice.random(), 3) for _ in range(3)]
+            for k, value in enumerate(wanted[split, name], 1):
+                rows += curve([0, value], key=f"{split}/{name}_episode_{k}")
+            rows += curve([0, value], key=f"{split}/{name}") + curve([0, 0.7], key=f"{split}/{name}/family")
+    folder = write_run(tmp_path / "run", rows)
+    for (split, name), values in wanted.items():
+        for key in (f"{split}/{name}", f"{split}/{name}/family"):
+            _, out, _ = command(capsys, folder, "--key", key, "--out", tmp_path)
+            assert [float(x) for x in cells(out[2])[4].split(",")] == values
+            assert drawn["adaptation.png"][0]["varibad GridWorld (1 seed)"][1][0].tolist() == values
+            assert ("fraction" in drawn["adaptation.png"][2]) == (name == "success_rate")
+
+
+def test_last_values_are_those_at_the_last_step_that_all_have_reached(tmp_path, capsys, drawn):
+    rows = [(step, key, step / 10) for step in (100, 200, 300) for key in (KEY, KEY + "_episode_1")]
+    folders = [write_run(tmp_path / "a", rows, seed=1), write_run(tmp_path / "b", rows[:4], seed=2)]
+    status, out, err = command(capsys, *folders, "--out", tmp_path)
+    assert cells(out[2])[2:] == ["200", "20 [20, 20]", "20 [20, 20]"]
+    assert status == 0 and len(err) == 1 and "step 200" in err[0] and folders[1] in err[0]  # and said who is behind
+
+
+def test_a_run_without_the_key_is_named_and_left_out(tmp_path, capsys, drawn):
+    folders = [write_run(tmp_path / "a", curve([1, 2])), write_run(tmp_path / "b", [], seed=2)]
+    status, out, err = command(capsys, *folders, "--out", tmp_path)
+    assert status == 0 and cells(out[2])[1] == "1"
+    assert folders[1] in err[0] and "left out" in err[0] and "episode_1" in err[1]
+    assert list(drawn) == ["learning_curves.png"]  # nobody has episodes
+
+
+def test_pictures_hold_what_they_should(tmp_path, capsys, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    folders = []
+    for i, (script, seed) in enumerate([("varibad", 1), ("varibad", 2), ("dme", 1)]):
+        rows = curve([0, i / 4], [0, 4e6], "eval/test/success_rate")
+        rows += curve([0, i / 4], [0, 4e6], "eval/test/success_rate_episode_1")
+        rows = [(int(step), key, value) for step, key, value in rows]
+        folders.append(write_run(tmp_path / str(i), rows, script=script, seed=seed))
+    command(capsys, *folders, "--key", "eval/test/success_rate", "--out", tmp_path)
+    monkeypatch.undo()
+    for name, figure in zip(("learning_curves.png", "adaptation.png"), figures):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+        (axis,), (legend,) = figure.axes, figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [
+            "varibad GridWorld (2 seeds)",
+            "dme GridWorld (1 seed)",
+        ]
+        varibad, dme = axis.lines
+        assert varibad.get_color() != dme.get_color() and varibad.get_linestyle() != dme.get_linestyle()
+        assert varibad.get_ydata()[-1] == 0.125 and dme.get_ydata()[-1] == 0.5
+        bands = [[path.vertices[:, 1] for path in band.get_paths()] for band in axis.collections]
+        assert bands[0][0].max() == 0.25 and not any(np.isfinite(y).any() for y in bands[1])  # one seed: no band
+        ticks = [text.get_text() for text in axis.get_xticklabels()]
+        assert ("1M" in ticks) == (name == "learning_curves.png")
+        plt.close(figure)
+
+
+# ---------- Bad input ----------
+
+
+def damaged(name, text):
+    def make(folder):
+        write_run(folder, curve([1, 2]))
+        (folder / name).write_text(text) if text is not None else (folder / name).unlink()
+
+    return make
+
+
+HEADER = "global_step,key,value\n"
+
+
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (lambda folder: None, "no config.json"),
+        (damaged("metrics.csv", None), "no metrics.csv"),
+        (damaged("config.json", None), "no config.json"),
+        (damaged("config.json", '{"script": "dm'), "config.json"),
+        (damaged("config.json", "[1, 2]"), "config.json"),
+        (damaged("config.json", '{"seed": 1, "script": "dme"}'), "config.json"),
+        (damaged("metrics.csv", ""), "metrics.csv"),
+        (damaged("metrics.csv", "step,value\n1,2\n"), "global_step,key,value"),
+        (damaged("metrics.csv", HEADER + "0,a,1\n0,a\n1,a,2\n"), "line 3"),
+        (damaged("metrics.csv", HEADER + "0,a,one\n1,a,2\n"), "line 2"),
+        (damaged("metrics.csv", HEADER), "none at all"),
+        (damaged("metrics.csv", HEADER + f"0,{KEY},1\n10,{KEY},nan\n"), "not a finite number"),
+        (lambda folder: write_run(folder, curve([1, 2], key="eval/test/retrun")), "eval/test/retrun"),
+        (lambda folder: write_run(folder, curve([1], key="losses/value")), "losses/value"),
+    ],
+)
+def test_bad_runs(make, named, tmp_path, capsys):
+    make(tmp_path / "run")
+    status, out, err = command(capsys, tmp_path / "run", "--out", tmp_path / "out")
+    assert (status, out, len(err)) == (2, [], 1) and named in err[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_combinations(tmp_path, capsys):
+    folders = [
+        write_run(tmp_path / "a", curve([1, 2])),
+        write_run(tmp_path / "b", curve([1, 2])),
+        write_run(tmp_path / "c", curve([1, 2], [2000, 3000]), seed=2),
+    ]
+    (tmp_path / "file").write_text("")
+    for words, named in [
+        ([], "at least one run"),
+        (folders[:2], "twice"),
+        ([folders[0], folders[0]], "twice"),
+        (folders[1:], "no steps of eval/test/return in common"),
+        ([folders[0], "--out", tmp_path / "file"], "file"),
+    ]:
+        status, out, err = command(capsys, *words)
+        assert (status, out, len(err)) == (2, [], 1) and named in err[0], named
+
+
+def test_errors_are_the_projects_own(tmp_path):
+    with pytest.raises(BadInput, match="no config.json"):
+        plot.read_run(tmp_path)
