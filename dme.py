@@ -1371,7 +1371,7 @@ def train(args, envs, eval_envs, device, folder, state):
                 if global_step >= args.precollect:
                     for _ in range(args.belief_updates):
                         terms = update_belief(model, belief_optimizer, buffer, virtual_rate, args)
-                    losses |= {f"belief_{key}": value for key, value in terms.items()}
+                        losses |= {f"belief_{key}": value for key, value in terms.items()}
             clock.append(time.perf_counter())
 
             progress.update(steps)

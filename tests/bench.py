@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 
 import gymnasium
 import numpy as np
@@ -189,7 +190,48 @@ def bench_gru(seconds):
         )
 
 
-BENCHMARKS = {"gru": bench_gru, "metaworld": bench_metaworld, "scripts": bench_scripts}
+def bench_cuda(seconds):
+    """GridWorld on a GPU: steps/s with 16, 256 and 4096 environments, and what a rollout's time goes into."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    import varibad
+
+    if not torch.cuda.is_available():
+        print("cuda: this PyTorch sees no CUDA device")
+        return
+    for num_envs, flags in itertools.product((16, 256, 4096), ([], ["--compile"])):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "varibad.py", "--env-id", "GridWorld", "--cuda", "--num-envs", str(num_envs)]
+            command += ["--total-timesteps", str(num_envs * 60 * 60), "--eval-interval", "-1", "--run-dir", folder]
+            subprocess.run([*command, *flags, "--precollect", "1"], check=True, capture_output=True)
+            rows = defaultdict(list)
+            for step, key, value in list(csv.reader(open(f"{folder}/metrics.csv")))[1:]:
+                rows[key].append((int(step), float(value)))
+        (s1, r1), (s2, r2) = rows["charts/SPS"][len(rows["charts/SPS"]) // 2], rows["charts/SPS"][-1]
+        shares = [f"{k} {statistics.median(v for _, v in rows[f'time/{k}']):.0%}" for k in ("rollout", "belief", "ppo")]
+        rate = (s2 - s1) / (s2 / r2 - s1 / r1)  # SPS counts from the start: this is of the second half
+        print(f"cuda: {num_envs} environments {' '.join(flags)}: {rate:,.0f} steps/s; {', '.join(shares)}", flush=True)
+    args = varibad.parse_args(["--env-id", "GridWorld", "--cuda", "--num-envs", "4096"])
+    envs = varibad.make_args_envs(args, 4096, "train", torch.device("cuda"))
+    model = varibad.BeliefModel(args, envs).cuda()
+    agent = varibad.Agent(args, 2, envs.single_action_space, model.belief_sizes).cuda()
+    for _ in range(2):
+        varibad.rollout(envs, agent, model, args)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watched:
+        varibad.rollout(envs, agent, model, args)
+        torch.cuda.synchronize()
+    events = watched.key_averages()
+    host = sum(e.self_cpu_time_total for e in events) / 1e3
+    device = sum(e.self_device_time_total for e in events) / 1e3
+    waits = sum(e.count for e in events if e.key in ("cudaStreamSynchronize", "aten::item"))
+    kernels = sum(e.count for e in events if e.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    print(f"cuda: a rollout of 4096 x 60: host {host:.0f} ms, device {device:.0f} ms; {kernels} kernels, {waits} waits")
+    print(events.table(sort_by="self_device_time_total", row_limit=8, max_name_column_width=40))
+
+
+BENCHMARKS = {"gru": bench_gru, "metaworld": bench_metaworld, "scripts": bench_scripts, "cuda": bench_cuda}
 
 
 def main():

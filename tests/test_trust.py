@@ -196,6 +196,32 @@ script.main(script.parse_args({[*TINY, "--eval-interval", "-1", "--checkpoint-in
 # ---------- Arguments at random ----------
 
 
+FIXED = {"env_id", "cuda", "track", "compile", "capture_video", "run_dir", "resume", "evaluate", "total_timesteps"}
+
+
+def one_iteration_or_one_sentence(script, args, folder):
+    args.run_dir, args.total_timesteps = str(folder / "run"), 1
+    try:
+        script.main(args)
+    except BadInput as error:
+        assert "\n" not in str(error) and len(str(error)) > 20
+    except FloatingPointError as error:  # a number that is legal and much too large
+        assert "not finite" in str(error)
+    shutil.rmtree(args.run_dir, ignore_errors=True)
+
+
+@SCRIPTS
+def test_each_argument_at_its_edges(script, tmp_path):
+    """0, 1, nothing and too much, one argument at a time."""
+    edges = {bool: (True, False), int: (0, 1), float: (0.0, 1.0, 1e30, math.nan)}
+    for field in dataclasses.fields(script.Args):
+        if field.name not in FIXED | {"eval_interval"}:
+            for value in edges.get(field.type) or get_args(field.type):
+                args = script.parse_args([*TINY, "--eval-interval", "-1"])
+                setattr(args, field.name, () if value is Ellipsis else (1,) if value is int else value)
+                one_iteration_or_one_sentence(script, args, tmp_path)
+
+
 NUMBERS = st.one_of(
     st.sampled_from([-1, 0, 1, 2, 3, 5, 7, 10, 40, 0.5, 0.999, 1.5, math.inf, -math.inf, math.nan, 1e-300, 1e30]),
     st.integers(-3, 50),
@@ -215,28 +241,20 @@ def draw_field(data, field, default):
 
 
 @SCRIPTS
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_arguments_at_random(script, data, tmp_path_factory):
     """Whatever numbers a few arguments get: one iteration runs to its end, or one sentence says what is wrong."""
     env_id = data.draw(st.sampled_from(["GridWorld", "SparsePointRobot"]), "env_id")
     words = [*TINY, "--env-id", env_id, "--eval-interval", "-1", "--tbptt", "0"]
     args = script.parse_args(words)
-    kept = {"env_id", "cuda", "track", "compile", "capture_video", "run_dir", "resume", "evaluate", "total_timesteps"}
-    fields = [field for field in dataclasses.fields(args) if field.name not in kept]
+    fields = [field for field in dataclasses.fields(args) if field.name not in FIXED]
     for field in data.draw(st.lists(st.sampled_from(fields), min_size=1, max_size=4, unique_by=id), "fields"):
         value = draw_field(data, field, getattr(args, field.name))
         if field.type is int and value > 50:
             value = 50
         setattr(args, field.name, value)
-    args.run_dir, args.total_timesteps = str(tmp_path_factory.mktemp("run") / "run"), 1
-    try:
-        script.main(args)
-    except BadInput as error:
-        assert "\n" not in str(error) and len(str(error)) > 20
-    except FloatingPointError as error:  # a number that is legal and much too large
-        assert "not finite" in str(error)
-    shutil.rmtree(args.run_dir, ignore_errors=True)
+    one_iteration_or_one_sentence(script, args, tmp_path_factory.mktemp("run"))
 
 
 # ---------- Another place ----------
@@ -350,7 +368,7 @@ def test_torchrun(script, tmp_path):
     torchrun(script, "--resume", tmp_path / "b" / "checkpoint.pt").communicate(timeout=120)
     again = torch.load(tmp_path / "b" / "checkpoint.pt")
     assert set(same(state, again)) <= {"/args/run_dir", "/args/resume", "/metrics_bytes"}
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") and len(metrics(tmp_path / "a")) > 30
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") and len(metrics(tmp_path / "a")) > 20
     stores = [process["buffer"]["store"] for process in state["processes"]]
     assert [len(store["rewards"]) for store in stores] == [5, 5] and not stores[0]["obs"].equal(stores[1]["obs"])
     with pytest.raises(BadInput, match="saved by 2 processes, and here are 1"):
