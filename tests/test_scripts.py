@@ -36,6 +36,7 @@ HARD = dict(  # between them all that draws random numbers or keeps a state
     GridWorld=["--seed", "0", "--anneal-lr", "--ent-coef-end", "0.001"],
     SparsePointRobot="--seed 3 --elbo-terms 4 --decode-terms 3 --tbptt 5 --state-coef 1 --decoder-dropout 0.2".split(),
 )
+HARD["ML1-reach"] = "--seed 2 --belief-warmup 40 --obs-shift 1 --belief-updates 2 --elbo-terms 3 --tbptt 0".split()
 HARD_DME = "--virtual both --virtual-rate 1 --policy-y sample --initial-belief prior".split()
 
 
@@ -297,7 +298,7 @@ def test_seeds(script, tmp_path):
 
 
 @SCRIPTS
-@pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot"])
+@pytest.mark.parametrize("env_id", HARD)
 def test_resume(script, env_id, tmp_path):
     """Four iterations straight equal two, saved, and two more: bit for bit, and no row of metrics lost or doubled."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
