@@ -25,6 +25,7 @@ Equation (of the paper)                                          function
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -281,8 +282,8 @@ def check_args(args):
         raise BadInput(
             f"--virtual-low {args.virtual_low} must lie below --virtual-high {args.virtual_high}, both finite"
         )
-    if args.seed >= 2**63:
-        raise BadInput(f"--seed must be below 2**63, not {args.seed}")
+    if args.seed >= 2**32:  # PyTorch's generator reads no more of it
+        raise BadInput(f"--seed must be below 2**32, not {args.seed}")
     if is_blind(args.total_timesteps - 1, args) and not args.no_belief:
         raise BadInput(f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}")
     if args.resume and args.evaluate:
@@ -295,6 +296,8 @@ def check_args(args):
         raise BadInput("--no-belief and --oracle-context exclude each other")
     if args.cuda and not torch.cuda.is_available():
         raise BadInput("--cuda: this PyTorch sees no CUDA device")
+    if args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise BadInput(f"--cuda: more processes than the {torch.cuda.device_count()} CUDA devices")
 
 
 def is_blind(step, args):
@@ -302,7 +305,7 @@ def is_blind(step, args):
     return args.no_belief or (step < args.belief_warmup and not args.oracle_context)
 
 
-# ---------- 3b. Several processes (torchrun), and numbers that are none ----------
+# ---------- 3b. Several processes (torchrun), and finite numbers ----------
 
 
 def ranks():
@@ -329,9 +332,10 @@ def all_sum(x):
 
 
 def check_finite(**tensors):
-    """FloatingPointError that names the first of the tensors with a NaN or an infinity."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+    """FloatingPointError, in all processes, that names the first of the tensors with a NaN or an infinity in any."""
+    bad = all_sum(torch.stack([~torch.isfinite(tensor).all() for tensor in tensors.values()]).int()).tolist()
+    for name, count in zip(tensors, bad):
+        if count:
             raise FloatingPointError(f"{name.replace('_', ' ')} is not finite")
 
 
@@ -1090,10 +1094,8 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
 def capture_video(folder, envs, agent, model, args, blind=False):
     """Films the first evaluation task of each family, most likely actions, all K episodes: video_<family>.gif.
 
-    Raises BadInput for environments without a camera, and on machines where nothing can draw.
+    Raises BadInput on machines where nothing can draw.
     """
-    if not hasattr(envs, "film"):
-        raise BadInput(f"--capture-video: {args.env_id} has no camera (Meta-World's environments have one)")
     families = dict.fromkeys(name.split("/")[0] for name in envs.tasks)
     names = [next(name for name in envs.tasks if name.split("/")[0] == family) for family in families]
     agent.eval(), model.eval()
@@ -1104,8 +1106,8 @@ def capture_video(folder, envs, agent, model, args, blind=False):
         for row, name in enumerate(chunk):
             file = Path(folder) / f"video_{name.split('/')[0]}.gif"
             replayed = envs.film(name, row, data["actions"][:, row].cpu().numpy(), file)
-            assert np.array_equal(replayed, data["rewards"][:, row].cpu().numpy()), f"{file} is of another episode"
-            print(file)
+            same = np.array_equal(replayed, data["rewards"][:, row].cpu().numpy())
+            print(file, "" if same else "(its rewards are not those of the evaluation)")
 
 
 # ---------- 10. Checkpoint and metrics ----------
@@ -1124,25 +1126,31 @@ def save_checkpoint(path, state):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the file says
         temporary.unlink(missing_ok=True)
-        raise OSError(str(error.__context__ or error).splitlines()[0]) from error
+        raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
     if path.exists():
-        previous = path.with_name(path.name + ".previous")
-        previous.unlink(missing_ok=True)
+        link = path.with_name(path.name + ".link")
         try:
-            os.link(path, previous)
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            os.replace(link, path.with_name(path.name + ".previous"))
         except OSError:
             pass  # a file system without links keeps the last one alone
     os.replace(temporary, path)
 
 
-def check_disk(folder, size):
-    """BadInput unless there is room for three checkpoints of `size` bytes: the last, the one before, the next one."""
+@contextlib.contextmanager
+def on_disk(what, step):
+    """A disk that is full or gone says so, and training goes on: what was saved before stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"{what} not saved at step {step}: {error}")
+
+
+def missing_space(folder, size):
+    """Bytes that lack for three checkpoints of `size` bytes: the last, the one before, the next one. At least 0."""
     free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("checkpoint.pt*"))
-    if free < 3 * size:
-        raise BadInput(
-            f"{folder} has room for {free / 1e6:,.0f} MB, the checkpoints need {3 * size / 1e6:,.0f}: free some, "
-            f"choose another --run-dir or a smaller --buffer-size"
-        )
+    return max(0, 3 * size - free)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -1165,6 +1173,11 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
+def weights(module):
+    """Parameters and normalisers, one vector."""
+    return torch.cat([x.flatten().float() for x in module.state_dict().values()])
+
+
 def load_modules(path, state, modules):
     """Loads each module's state. Raises BadInput for another architecture."""
     for name, module in modules.items():
@@ -1182,6 +1195,7 @@ class Metrics:
         if not (folder / "metrics.csv").exists():  # a run resumed in another folder
             offset = 0
         self.file = open(folder / "metrics.csv", "r+" if offset else "w", newline="")
+        offset = min(offset, os.fstat(self.file.fileno()).st_size)
         self.file.truncate(offset)  # rows after the checkpoint come again: none is lost or doubled
         self.file.seek(offset)
         self.csv = csv.writer(self.file)
@@ -1196,18 +1210,19 @@ class Metrics:
             self.wandb.define_metric("*", step_metric="global_step")
 
     def write(self, scalars, step):
+        if self.wandb:
+            self.wandb.log({**scalars, "global_step": step})
         for key, value in scalars.items():
             self.csv.writerow((step, key, repr(float(value))))
             self.board.add_scalar(key, value, step)
         self.file.flush()
-        if self.wandb:
-            self.wandb.log({**scalars, "global_step": step})
 
     def close(self):
-        self.file.close()
-        self.board.close()
         if self.wandb:
             self.wandb.finish()
+        with contextlib.suppress(OSError):  # a full disk: said before
+            self.board.close()
+            self.file.close()
 
 
 # ---------- 11. Main ----------
@@ -1222,7 +1237,6 @@ def main(args):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
     if args.cuda:
         torch.cuda.set_device(device)
-    torch.manual_seed(args.seed)
     state = load_checkpoint(args.resume or args.evaluate, device) if args.resume or args.evaluate else None
     name = f"{args.env_id.replace(':', '.')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir or f"runs/{name}")
@@ -1238,6 +1252,8 @@ def main(args):
         check_args(args)
         if leads() and (args.evaluate or args.eval_interval >= 0):
             eval_envs = make_eval_envs(args, device)
+        if args.capture_video and not hasattr(eval_envs["test"], "film"):
+            raise BadInput(f"--capture-video: {args.env_id} has no camera (Meta-World's environments have one)")
         train(args, envs, eval_envs, device, folder, state)
     finally:
         for made in (envs, *eval_envs.values()):
@@ -1247,6 +1263,7 @@ def main(args):
 
 
 def train(args, envs, eval_envs, device, folder, state):
+    torch.manual_seed(args.seed)
     model = BeliefModel(args, envs).to(device)
     sizes = model.belief_sizes
     if args.oracle_context:  # naming the tasks draws none
@@ -1259,7 +1276,7 @@ def train(args, envs, eval_envs, device, folder, state):
     own = dict(buffer=buffer, envs=envs)  # of each process; the parts are the same in all of them
     if dist.is_initialized():  # other tasks and other actions in each
         envs.load_state_dict({"resets": dist.get_rank() << 32})
-        torch.manual_seed(args.seed ^ dist.get_rank() << 32)
+        torch.manual_seed(torch.randint(2**32, (ranks(),))[dist.get_rank()].item())
     if args.compile:
         for module, names in ((agent, ("act", "forward")), (model, ("step", "belief"))):
             for name in names:
@@ -1288,6 +1305,10 @@ def train(args, envs, eval_envs, device, folder, state):
         if len(state["processes"]) != ranks():
             raise BadInput(f"{args.resume} was saved by {len(state['processes'])} processes, and here are {ranks()}")
         mine = state["processes"][dist.get_rank() if dist.is_initialized() else 0]
+        if not {"rng", *own} <= mine.keys():
+            raise BadInput(
+                f"{args.resume} is not a whole checkpoint: a process lacks {', '.join({'rng', *own} - mine.keys())}"
+            )
         load_modules(args.resume, state | mine, parts | own)
         iteration, global_step, offset = state["iteration"], state["global_step"], state["metrics_bytes"]
         torch.set_rng_state(mine["rng"].cpu())
@@ -1295,14 +1316,14 @@ def train(args, envs, eval_envs, device, folder, state):
             torch.cuda.set_rng_state(mine["cuda_rng"].cpu())
     state = mine = None
     saved = folder / "checkpoint.pt"
-    if saved.exists() and not (args.resume and saved.samefile(args.resume)):
+    if saved.exists() and not (args.resume and folder.samefile(Path(args.resume).parent)):
         raise BadInput(f"{folder} holds a run already: --resume {saved}, or choose another --run-dir")
     versions = {package: version(package) for package in ("torch", "mujoco", "metaworld", "gymnasium", "numpy")}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(
-            json.dumps(dict(script=SCRIPT, **asdict(args), versions=versions), indent=2)
-        )
+        if leads():
+            folder.mkdir(parents=True, exist_ok=True)
+            config = json.dumps(dict(script=SCRIPT, **asdict(args), versions=versions), indent=2)
+            (folder / "config.json").write_text(config)
     except OSError as error:
         raise BadInput(f"cannot write to the run's folder: {error}") from error
     steps = args.num_envs * envs.meta_horizon
@@ -1310,11 +1331,9 @@ def train(args, envs, eval_envs, device, folder, state):
     learns_belief = not (args.no_belief or args.oracle_context)
     metrics = Metrics(folder, args, offset, global_step) if leads() else None
 
-    # The first SIGINT or SIGTERM ends the run after this iteration, saved; the same one again, at once. (Ctrl-C reaches
-    # all processes, and torchrun then sends SIGTERM.)
-    signals = []
+    signals = []  # the first SIGINT or SIGTERM ends the run after this iteration, saved; the second one at once
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: os._exit(128 + n) if n in signals else signals.append(n))
+        signal.signal(number, lambda n, _: os._exit(128 + n) if signals else signals.append(n))
     progress = tqdm(
         total=iterations * steps, initial=global_step, unit=" steps", unit_scale=True, mininterval=1,
         disable=not leads(),
@@ -1337,10 +1356,21 @@ def train(args, envs, eval_envs, device, folder, state):
                 virtual = bool(all_sum(torch.rand((), device=device) * leads()) < virtual_rate)
             data = rollout(envs, agent, model, args, blind, virtual=virtual)
             global_step += steps
-            check_finite(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
-            if leads() and global_step == first_step + steps:
+            check_finite(
+                observation=data["obs"],
+                next_observation=data["next_obs"],
+                reward=data["true_rewards"],
+                decoded_reward=data["rewards"],
+            )
+            if global_step == first_step + steps:
                 rows = min(args.buffer_size, iterations * args.num_envs) * learns_belief
-                check_disk(folder, rows * sum(data[name][:, 0].nbytes for name in buffer.NAMES))
+                size = rows * sum(data[name][:, 0].nbytes for name in buffer.NAMES)
+                missing = all_sum(torch.tensor(float(missing_space(folder, size) if leads() else 0), device=device))
+                if missing > 0:
+                    raise BadInput(
+                        f"{folder} lacks {missing.item() / 1e6:,.0f} MB for its checkpoints: free some, choose another "
+                        "--run-dir or a smaller --buffer-size"
+                    )
             clock.append(time.perf_counter())
 
             with torch.no_grad():
@@ -1387,20 +1417,23 @@ def train(args, envs, eval_envs, device, folder, state):
                 scalars |= dict(zip(("time/rollout", "time/ppo", "time/belief"), seconds / seconds.sum()))
                 scalars |= {"time/env": data["env_seconds"] / seconds.sum(), "charts/virtual": float(virtual)}
                 if leads():
-                    metrics.write(scalars, global_step)
+                    with on_disk("metrics", global_step):
+                        metrics.write(scalars, global_step)
                 results |= {"return": episodes[-1], "success": success[-1]}
                 progress.set_postfix({key: f"{value:.2f}" for key, value in results.items()})
             due = args.eval_interval > 0 and iteration % args.eval_interval == 0
             if eval_envs and (due or iteration == iterations):
                 blind = is_blind(global_step, args)
                 scalars, details = evaluate(eval_envs, agent, model, args, blind)
-                metrics.write(scalars, global_step)
-                write_evaluation(folder, global_step, scalars, details)
+                with on_disk("evaluation", global_step):
+                    metrics.write(scalars, global_step)
+                    write_evaluation(folder, global_step, scalars, details)
                 results |= {"test return": scalars["eval/test/return"]}
                 results |= {"test success": scalars["eval/test/success_rate"]}
             due = args.checkpoint_interval > 0 and iteration % args.checkpoint_interval == 0
             stop = bool(all_sum(torch.tensor(len(signals), device=device)))  # all processes stop together
             if due or stop or iteration == iterations:
+                check_finite(weights_of_the_policy=weights(agent), weights_of_the_belief_model=weights(model))
                 mine = {key: part.state_dict() for key, part in own.items()} | dict(rng=torch.get_rng_state())
                 if args.cuda:
                     mine["cuda_rng"] = torch.cuda.get_rng_state()
@@ -1411,22 +1444,21 @@ def train(args, envs, eval_envs, device, folder, state):
                 if leads():
                     state = {key: part.state_dict() for key, part in parts.items()} | dict(processes=processes)
                     state |= dict(script=SCRIPT, args=asdict(args), iteration=iteration, global_step=global_step)
-                    state |= dict(metrics_bytes=metrics.file.tell())
-                    try:
+                    with on_disk("checkpoint", global_step):
+                        state |= dict(metrics_bytes=metrics.file.tell())
                         save_checkpoint(folder / "checkpoint.pt", state)
-                    except OSError as error:
-                        progress.write(f"checkpoint not saved at step {global_step}: {error}; the last good one stays")
                 state = mine = processes = None
     except FloatingPointError as error:
         raise FloatingPointError(f"iteration {iteration}: {error}; the last checkpoint stands") from None
     finally:
         progress.close()
+        if metrics:
+            metrics.close()
     if details and iteration == iterations:
-        draw_pictures(folder, eval_envs, details, agent, model, args)
-    if not leads():
-        return
-    metrics.close()
-    print(f"{global_step} steps in {time.time() - started:.0f} s: {folder}")
+        with on_disk("pictures", global_step):
+            draw_pictures(folder, eval_envs, details, agent, model, args)
+    if leads():
+        print(f"{global_step} steps in {time.time() - started:.0f} s: {folder}")
 
 
 def write_evaluation(folder, step, scalars, details):

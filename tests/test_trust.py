@@ -87,14 +87,48 @@ def test_too_little_disk(script, tmp_path, monkeypatch, capsys):
     argv = [*TINY, "--buffer-size", "10000", "--total-timesteps", "400000", "--run-dir", tmp_path / "run"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     status, lines = command(script, monkeypatch, capsys, *argv)
-    assert status == 2 and re.search("room for 1 MB.* need 9: .*--run-dir .*--buffer-size", lines[-1]), lines
+    assert status == 2 and re.search("lacks 8 MB for its checkpoints.*--run-dir .*--buffer-size", lines[-1]), lines
     need = []
-    monkeypatch.setattr(script, "check_disk", lambda folder, size: need.append(size))
+    monkeypatch.setattr(script, "missing_space", lambda folder, size: need.append(size) or 0.0)
     end = run(script, tmp_path / "other", "--buffer-size", "1000")
     assert need == [sum(x.nbytes for x in end["processes"][0]["buffer"]["store"].values())]
 
 
-# ---------- Numbers that are none ----------
+def test_a_full_disk(tmp_path):
+    """No file may grow beyond 30 kB: metrics, checkpoints and pictures say so, and the run reaches its end."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import dme
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+dme.LOG_EVERY = 1
+dme.main(dme.parse_args({[*TINY, "--total-timesteps", "1200", "--eval-interval", "10", "--checkpoint-interval", "5"]}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "1200 steps in" in done.stdout, done.stderr[-2000:]
+    for what in ("checkpoint", "metrics", "evaluation", "pictures"):
+        assert f"{what} not saved at step 1200: " in done.stdout + done.stderr
+
+
+@SCRIPTS
+def test_an_unwritable_folder(script, tmp_path, monkeypatch, capsys):
+    """One line, status 2, before any training."""
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(script, "rollout", None)
+    status, lines = command(script, monkeypatch, capsys, *TINY, "--run-dir", tmp_path / "file" / "run")
+    assert status == 2 and len(lines) == 1 and "cannot write" in lines[0] and "file" in lines[0]
+
+
+@SCRIPTS
+def test_resume_of_the_one_before(script, tmp_path):
+    """checkpoint.pt.previous may be resumed where it lies."""
+    end = run(script, tmp_path)
+    script.main(script.parse_args(["--resume", str(tmp_path / "checkpoint.pt.previous")]))
+    again = torch.load(tmp_path / "checkpoint.pt")
+    assert set(same(end, again)) <= {"/args/run_dir", "/args/resume", "/metrics_bytes"}
+
+
+# ---------- Finite numbers ----------
 
 
 @SCRIPTS
@@ -135,6 +169,16 @@ def test_not_finite(script, where, bad, tmp_path, monkeypatch):
 
 
 @SCRIPTS
+@pytest.mark.parametrize("words", ["--learning-rate 1e38", "--belief-learning-rate 3e38"])
+def test_weights_on_disk_are_finite(script, words, tmp_path):
+    """Where the last step of an iteration breaks the weights, nothing is saved."""
+    with pytest.raises(FloatingPointError, match="iteration 2: weights of the .* not finite"):
+        words += " --update-epochs 1 --num-minibatches 1 --belief-updates 1 --checkpoint-interval 1 --max-grad-norm 0"
+        run(script, tmp_path, *words.split(), "--precollect", "50")
+    assert torch.load(tmp_path / "checkpoint.pt")["iteration"] == 1
+
+
+@SCRIPTS
 def test_nothing_moves_where_the_gradient_is_not_finite(script):
     """`descend` raises before the step: parameters and the optimiser's state are as they were."""
     layer = torch.nn.Linear(3, 1)
@@ -170,9 +214,9 @@ def test_the_command_says_so(tmp_path):
 
 
 @SCRIPTS
-@pytest.mark.parametrize("second, status", [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
+@pytest.mark.parametrize("second, status", [(0, 0), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_two_signals(script, second, status, tmp_path):
-    """SIGTERM and SIGINT together (torchrun's way of Ctrl-C) end a run saved; the same one twice, at once."""
+    """SIGTERM ends a run saved; a second signal, at once."""
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -323,21 +367,22 @@ def joined(script, env_id):
 
 
 def one_rank(rank, path, name, env_id):
-    """A process of two: half of the environments each."""
+    """A process of two: one environment, and the other three."""
     torch.set_num_threads(1)
     script = {"varibad": varibad, "dme": dme}[name]
     s, data, batch = joined(script, env_id)
     dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
     torch.randn_like = torch.zeros_like  # samples at their mean: the same whoever draws
-    half = [{k: v[:, 2 * rank : 2 * rank + 2] for k, v in x.items()} for x in (data, batch)]
-    torch.save([gradients_of(script, s, *half), s.agent.state_dict()], f"{path}/{rank}.pt")
+    part = slice(1) if rank == 0 else slice(1, 4)
+    own = [{k: v[:, part] for k, v in x.items()} for x in (data, batch)]
+    torch.save([gradients_of(script, s, *own), s.agent.state_dict()], f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @SCRIPTS
 @pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot"])
 def test_gradient_of_two_processes(script, env_id, tmp_path, monkeypatch):
-    """Gradients, normalisers: two processes with half of the data each, and one with all of it."""
+    """Gradients, normalisers: two processes with a quarter and the rest of the data, and one with all of it."""
     torch.multiprocessing.start_processes(one_rank, (tmp_path, script.__name__, env_id), 2, start_method="fork")
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     s, data, batch = joined(script, env_id)
@@ -370,17 +415,21 @@ def test_torchrun(script, tmp_path):
     assert set(same(state, again)) <= {"/args/run_dir", "/args/resume", "/metrics_bytes"}
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") and len(metrics(tmp_path / "a")) > 20
     stores = [process["buffer"]["store"] for process in state["processes"]]
-    assert [len(store["rewards"]) for store in stores] == [5, 5] and not stores[0]["obs"].equal(stores[1]["obs"])
+    assert [len(store["rewards"]) for store in stores] == [5, 5]
+    assert (stores[0]["actions"] != stores[1]["actions"]).float().mean() > 0.3
+    assert (state["processes"][0]["rng"] != state["processes"][1]["rng"]).any()
     with pytest.raises(BadInput, match="saved by 2 processes, and here are 1"):
         script.main(script.parse_args(["--resume", str(tmp_path / "b" / "checkpoint.pt")]))
-    long = torchrun(script, *words, "--total-timesteps", "4000000", "--run-dir", tmp_path / "c")
-    while not (tmp_path / "c" / "checkpoint.pt").exists():
+    words += ["--total-timesteps", "4000000", "--run-dir", tmp_path / "c", "--checkpoint-interval", "0"]
+    long = torchrun(script, *words)
+    while not (tmp_path / "c" / "eval.json").exists():
         assert long.poll() is None
         time.sleep(0.2)
     long.send_signal(signal.SIGTERM)
-    long.communicate(timeout=60)
-    iteration = torch.load(tmp_path / "c" / "checkpoint.pt")["iteration"]
-    assert iteration > 1 and torch.load(tmp_path / "c" / "checkpoint.pt")["global_step"] == 40 * iteration
+    long.communicate(timeout=25)
+    state = torch.load(tmp_path / "c" / "checkpoint.pt")
+    assert state["iteration"] > 1 and state["global_step"] == 40 * state["iteration"] < 4_000_000
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
 
 
 # ---------- Compiled, and on a device without data ----------
@@ -414,7 +463,7 @@ def test_compile(script, tmp_path):
 @pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot"])
 def test_meta_device(script, env_id, monkeypatch):
     """One iteration where tensors have shapes and no data: a second device, or a wait for numbers, raises."""
-    s = setup(script, env_id)
+    s = setup(script, env_id, **(dict(policy_y="sample", initial_belief="prior") if script is dme else {}))
     device = torch.device("meta")
     envs = make_envs(env_id, 3, device=device, horizon=3, episodes_per_task=2)
     with device:
@@ -423,7 +472,7 @@ def test_meta_device(script, env_id, monkeypatch):
     monkeypatch.setattr(script, "check_finite", lambda **_: None)  # it waits, once an update, on purpose
     optimizers = [torch.optim.Adam(m.parameters()) for m in (agent, model)]
     rest = [0.0] if script is dme else []
-    data = script.rollout(envs, agent, model, s.args)
+    data = script.rollout(envs, agent, model, s.args, **(dict(virtual=True) if script is dme else {}))
     data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
     data["values"] = torch.cat([values, agent.value(data["next_obs"][-1], data["beliefs"][-1])[None]])
     rewards = script.normalise_rewards(data["rewards"], data["alive"], agent.return_norm, s.args)
