@@ -101,9 +101,8 @@ class Locomotion(TensorEnvs):
 
     def start(self):
         """Gymnasium's first states: positions with noise from U(-0.1, 0.1), velocities from N(0, 0.1^2)."""
-        # From 1: a generator's key is padded with zeros, and (seed, split, draw) alone is that of the tasks.
-        episode = 1 + self.elapsed // self.horizon
-        for_q, for_v = generator(self.seed, self.split, self.draw, episode).spawn(2)  # a row each: N does not matter
+        key = self.draw, self.elapsed // self.horizon  # draw, episode
+        for_q, for_v = generator(self.seed, self.split, *key).spawn(2)  # a row for each environment: N does not matter
         self.time[:] = 0
         self.q[:] = self.model.qpos0 + for_q.uniform(-NOISE, NOISE, self.q.shape)
         self.v[:] = for_v.normal(0, NOISE, self.v.shape)
@@ -126,7 +125,7 @@ class Locomotion(TensorEnvs):
         terminated = self.false
         if self.healthy_z:
             low, high = self.healthy_z
-            self.alive = alive & np.isfinite(self.state).all(1) & (low <= self.q[:, 2]) & (self.q[:, 2] <= high)
+            self.alive = np.isfinite(self.state).all(1) & (low <= self.q[:, 2]) & (self.q[:, 2] <= high)
             terminated = torch.from_numpy(alive & ~self.alive).to(self.device)
             info["alive"] = torch.from_numpy(alive).to(self.device)
         ended = self.elapsed % self.horizon == 0
