@@ -101,7 +101,7 @@ class Locomotion(TensorEnvs):
 
     def start(self):
         """Gymnasium's first states: positions with noise from U(-0.1, 0.1), velocities from N(0, 0.1^2)."""
-        key = self.draw, self.elapsed // self.horizon  # draw, episode
+        key = self.draw, self.elapsed // self.horizon
         for_q, for_v = generator(self.seed, self.split, *key).spawn(2)  # a row for each environment: N does not matter
         self.time[:] = 0
         self.q[:] = self.model.qpos0 + for_q.uniform(-NOISE, NOISE, self.q.shape)
