@@ -42,6 +42,10 @@ SPLITS = ("train", "test")
 FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10, ML45) are listed by common.metaworld
     "GridWorld": "common.gridworld:GridWorld",
     "SparsePointRobot": "common.pointrobot:SparsePointRobot",
+    "HalfCheetahVel": "common.locomotion:HalfCheetahVel",
+    "HalfCheetahDir": "common.locomotion:HalfCheetahDir",
+    "AntDir": "common.locomotion:AntDir",
+    "AntGoal": "common.locomotion:AntGoal",
 }
 
 
@@ -49,12 +53,15 @@ class BadInput(ValueError):
     """A user's mistake in one sentence that names the culprit; the scripts print it and exit with status 2."""
 
 
-def make_envs(env_id, num_envs, split="train", seed=1, device="cpu", reward_version="v2", **sizes):
+def make_envs(
+    env_id, num_envs, split="train", seed=1, device="cpu", reward_version="v2", split_rule="varibad", **sizes
+):
     """The vector environment `env_id`.
 
     env_id: a key of FAMILIES, ML1-<family>, ML10, ML45, or `package.module:factory` of the user's own.
+    reward_version: of Meta-World; v2 or v1. split_rule: of common.locomotion's tasks; varibad or ldm.
     sizes: `horizon` and `episodes_per_task`, where the family's own are not wanted (None counts as unset).
-    Raises BadInput for an unknown id (with the known ones and the nearest), split or size.
+    Raises BadInput for an unknown id (with the known ones and the nearest), split, split rule or size.
     """
     if split not in SPLITS:
         raise BadInput(f"unknown split {split!r}: {env_id} has {' and '.join(SPLITS)}")
@@ -76,6 +83,8 @@ def make_envs(env_id, num_envs, split="train", seed=1, device="cpu", reward_vers
         nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise BadInput(f"unknown env_id {env_id!r}: known are {', '.join(known)}, or package.module:factory{hint}")
+    if "split_rule" in inspect.signature(factory).parameters:
+        sizes["split_rule"] = split_rule
     return factory(num_envs, split, seed, device, **sizes)
 
 
@@ -102,13 +111,18 @@ def check_tasks(envs, names):
             raise BadInput(f"unknown task {name!r}: {envs.split} has {envs.tasks[0]} to {envs.tasks[-1]}")
 
 
+def generator(seed, split, *key):
+    """A generator for what `key`, integers, names. Keys that differ by zeros at their end alone are the same."""
+    return np.random.default_rng((seed, SPLITS.index(split), *key))
+
+
 def uniforms(seed, split, resets, num_envs, dim):
     """Random numbers in [0, 1), float64 (num_envs, dim), for the reset number `resets` of a split.
 
     Row i depends on (seed, split, resets, i) alone: neither on the number of environments nor on that of workers,
     and all that a checkpoint must keep is the number of resets.
     """
-    return np.random.default_rng((seed, SPLITS.index(split), resets)).random((num_envs, dim))
+    return generator(seed, split, resets).random((num_envs, dim))
 
 
 class TensorEnvs:

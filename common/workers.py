@@ -84,7 +84,7 @@ class WorkerVectorEnv:
         self.resets = 0
         self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
 
-        num_workers = min(num_workers or _cores(), num_envs)
+        num_workers = min(num_workers or cores(), num_envs)
         shapes = (num_envs, num_workers, *_shapes(self.single_observation_space, self.single_action_space))
         # Unlinked from birth: whatever happens to us, no file stays behind.
         with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
@@ -253,10 +253,10 @@ def _stop(workers):
             worker.process.wait()
 
 
-def _cores():
+def cores():
     """Our share of the cores: torchrun starts several processes on a machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _spaces_of(make):

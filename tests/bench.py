@@ -7,6 +7,7 @@ meets all of them. For numbers to quote, let it do nothing else.
 import argparse
 import csv
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 
 import gymnasium
 import numpy as np
@@ -133,6 +135,94 @@ def bench_metaworld(seconds, num_envs=20, horizon=500):
     theirs.close()
 
 
+def bare(pipe, xmls, num_envs):
+    """In a process of its own: at each message, which model, MuJoCo alone for half a second; answers with steps/s.
+
+    A step is 5 mj_step of one of `num_envs` states with random controls, new states every 200 steps.
+    """
+    import mujoco
+
+    models = [mujoco.MjModel.from_xml_path(xml) for xml in xmls]
+    datas = [[mujoco.MjData(model) for _ in range(num_envs)] for model in models]
+    rng, since = np.random.default_rng(0), [200] * len(xmls)
+    while (k := pipe.recv()) is not None:
+        steps, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < 0.5:
+            if since[k] == 200:
+                since[k] = 0
+                for data in datas[k]:
+                    mujoco.mj_resetData(models[k], data)
+            controls = rng.uniform(-1, 1, (num_envs, models[k].nu))
+            for data, control in zip(datas[k], controls):
+                data.ctrl[:] = control
+                mujoco.mj_step(models[k], data, nstep=5)
+            since[k] += 1
+            steps += num_envs
+        pipe.send(steps / (time.perf_counter() - begin))
+
+
+def bench_mujoco(seconds, num_envs=16, horizon=200):
+    """Steps/s of HalfCheetah and Ant with random actions, an episode a round.
+
+    Contestants: Gymnasium's AsyncVectorEnv, one process an environment; ours; and bare mj_step on every core.
+    """
+    from gymnasium.vector import AsyncVectorEnv
+
+    wanted = {"HalfCheetahVel": ("HalfCheetah-v5", 5.0, None), "AntGoal": ("Ant-v5", 2.3, 0.8)}
+    unending = {"HalfCheetah-v5": {}, "Ant-v5": {"terminate_when_unhealthy": False}}
+    # First, so that their processes, which are forks of this one, do not inherit torch.
+    theirs = {
+        name: AsyncVectorEnv([partial(gymnasium.make, name, horizon, **more)] * num_envs)
+        for name, more in unending.items()
+    }
+    for envs in theirs.values():
+        envs.reset(seed=1)
+
+    import torch
+
+    from common.envs import make_envs
+
+    torch.set_num_threads(1)
+    xmls = [f"{gymnasium.__path__[0]}/envs/mujoco/assets/{name}.xml" for name in ("half_cheetah", "ant")]
+    context, cores, pipes = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0)), []
+    for _ in range(cores):
+        pipe, other = context.Pipe()
+        context.Process(target=bare, args=(other, xmls, math.ceil(num_envs / cores)), daemon=True).start()
+        pipes.append(pipe)
+    for k, (env_id, (name, wanted_async, wanted_bare)) in enumerate(wanted.items()):
+        ours = make_envs(env_id, num_envs, horizon=horizon, episodes_per_task=1)
+        shape = horizon, num_envs, *ours.single_action_space.shape
+        actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+
+        def timed(step, actions):
+            begin = time.perf_counter()
+            for action in actions:
+                step(action)
+            return horizon * num_envs / (time.perf_counter() - begin)
+
+        rounds, begin = [], time.perf_counter()
+        while len(rounds) < 3 or time.perf_counter() - begin < seconds / 2:
+            ours.reset()
+            a = timed(theirs[name].step, actions)
+            o = timed(ours.step, torch.from_numpy(actions))
+            for pipe in pipes:
+                pipe.send(k)
+            rounds.append((a, o, sum(pipe.recv() for pipe in pipes)))
+        a, o, p = (statistics.median(x) for x in zip(*rounds))
+        print(
+            f"mujoco: {env_id}, {num_envs} environments, {cores} cores, medians of {len(rounds)} rounds\n"
+            f"  steps/s          {a:,.0f} async, {o:,.0f} ours, {p:,.0f} bare mj_step\n"
+            f"  ours / async     {statistics.median(o / a for a, o, _ in rounds):.2f}  (wanted: {wanted_async})\n"
+            f"  ours / bare      {statistics.median(o / p for _, o, p in rounds):.2f}"
+            + (f"  (wanted: {wanted_bare})" if wanted_bare else ""),
+            flush=True,
+        )
+        ours.close()
+        theirs[name].close()
+    for pipe in pipes:
+        pipe.send(None)
+
+
 def bench_scripts(seconds):
     """Training steps/s of each script with its preset, evaluation aside, and where an iteration's time goes."""
     for script, env_id in itertools.product(("varibad.py", "dme.py"), ("GridWorld", "SparsePointRobot", "ML10")):
@@ -231,7 +321,13 @@ def bench_cuda(seconds):
     print(events.table(sort_by="self_device_time_total", row_limit=8, max_name_column_width=40))
 
 
-BENCHMARKS = {"gru": bench_gru, "metaworld": bench_metaworld, "scripts": bench_scripts, "cuda": bench_cuda}
+BENCHMARKS = {
+    "gru": bench_gru,
+    "metaworld": bench_metaworld,
+    "mujoco": bench_mujoco,
+    "scripts": bench_scripts,
+    "cuda": bench_cuda,
+}
 
 
 def main():

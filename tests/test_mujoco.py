@@ -1,0 +1,342 @@
+"""HalfCheetah and Ant: one step against Gymnasium's, rewards by hand, the protocol, the sets of tasks, the draws."""
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+
+from common import locomotion
+from common.envs import BadInput, make_envs
+
+IDS = ["HalfCheetahVel", "HalfCheetahDir", "AntDir", "AntGoal"]
+ALL_IDS = pytest.mark.parametrize("env_id", IDS)
+
+
+def random_actions(envs, steps=None, scale=1.5, seed=0):
+    """Half of them beyond the bounds, from a generator of their own: (T, N, A)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = steps or envs.meta_horizon, envs.num_envs, *envs.single_action_space.shape
+    return scale * (2 * torch.rand(shape, generator=generator) - 1)
+
+
+# ---------- Against Gymnasium ----------
+
+
+def reward_by_hand(env_id, task, before, after, action, info):
+    """VariBAD's rewards from Gymnasium's positions, for one environment; action within the bounds."""
+    vx, vy = (after[:2] - before[:2]) / 0.05
+    effort = sum(float(a) ** 2 for a in action)
+    if env_id == "HalfCheetahVel":
+        assert info["reward_forward"] == pytest.approx(vx, abs=1e-9)
+        return -abs(vx - task[0]) + info["reward_ctrl"] / 2  # Gymnasium's cost is 0.1 |a|^2
+    if env_id == "HalfCheetahDir":
+        return vx * task[0] + info["reward_ctrl"] / 2
+    if env_id == "AntDir":
+        return vx * task[0] + vy * task[1] + 1 + info["reward_ctrl"]  # Gymnasium's cost is 0.5 |a|^2
+    return -abs(after[0] - task[0]) - abs(after[1] - task[1]) - 0.1 * effort
+
+
+@ALL_IDS
+def test_steps_of_gymnasium(env_id):
+    """From every state of random episodes: positions and velocities to 1e-12, observations, rewards, deaths."""
+    envs = make_envs(env_id, 4, seed=3, horizon=40, episodes_per_task=2)
+    env = gymnasium.make("Ant-v5" if "Ant" in env_id else "HalfCheetah-v5").unwrapped
+    assert env.dt == pytest.approx(0.05) and env.action_space == envs.single_action_space
+    _, info = envs.reset()
+    tasks, deaths, moved = info["task"].double().numpy(), 0, 0
+    for t, actions in enumerate(random_actions(envs)):
+        if t % 40 == 20:
+            envs.q[0, 2 if "Ant" in env_id else 1] += 0.5  # lifts the first: an Ant above its healthy height
+        q, v, alive = envs.q.copy(), envs.v.copy(), envs.alive.copy()
+        if t % 40 == 39:  # the state is the next episode's after this step
+            envs.step(actions)
+            continue
+        _, rewards, terminated, _, info = envs.step(actions)
+        for i in np.flatnonzero(alive):
+            mujoco.mj_resetData(env.model, env.data)  # the solver begins anew, as in ours
+            env.set_state(q[i], v[i])
+            action = actions[i].clamp(-1, 1).numpy()
+            obs, _, died, _, theirs = env.step(action)
+            new_q, new_v = env.data.qpos, env.data.qvel
+            np.testing.assert_allclose(envs.q[i], new_q, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(envs.v[i], new_v, rtol=0, atol=1e-12 * max(1, abs(new_v).max()))
+            moved += abs(new_q - q[i]).max() > 1e-3
+            mujoco.mj_kinematics(env.model, env.data)  # Gymnasium's body positions are those of the last substep
+            expected = {
+                "HalfCheetah": [*obs, *env.data.body("torso").xpos],
+                "AntDir": obs[:27],  # contact forces follow
+                "AntGoal": [*new_q[:2], *obs[:27]],
+            }["HalfCheetah" if "Cheetah" in env_id else env_id]
+            np.testing.assert_allclose(info["final_obs"][i], expected, rtol=1e-6, atol=1e-6)
+            by_hand = reward_by_hand(env_id, tasks[i], q[i], new_q, action, theirs)
+            assert rewards[i].item() == pytest.approx(by_hand, rel=1e-6, abs=1e-6)
+            assert terminated[i].item() == (died and env_id == "AntDir")
+            deaths += died and env_id == "AntDir"
+    assert moved > 150 and (deaths > 0) == (env_id == "AntDir")
+
+
+@ALL_IDS
+def test_first_states(env_id):
+    """Noise about Gymnasium's own: U(-0.1, 0.1) on positions, N(0, 0.1^2) on velocities; new in every episode."""
+    envs = make_envs(env_id, 500, horizon=1, episodes_per_task=2)
+    env = gymnasium.make("Ant-v5" if "Ant" in env_id else "HalfCheetah-v5").unwrapped
+    first, _ = envs.reset()
+    for _ in range(2):
+        noise = envs.q - env.init_qpos
+        assert abs(noise).max() < 0.1 and noise.mean() == pytest.approx(0, abs=3e-3)
+        assert noise.std() == pytest.approx(0.1 / 3**0.5, rel=0.03)
+        assert envs.v.mean() == pytest.approx(0, abs=5e-3) and envs.v.std() == pytest.approx(0.1, rel=0.03)
+        assert (envs.v**4).mean() == pytest.approx(3e-4, rel=0.2)  # normal
+        assert abs(np.corrcoef(envs.q[:, :8].ravel(), envs.v[:, :8].ravel())[0, 1]) < 0.05
+        again, *_ = envs.step(random_actions(envs)[0])
+        assert (again != first).any(1).all()
+
+
+# ---------- The protocol ----------
+
+
+@ALL_IDS
+def test_lockstep(env_id):
+    """Shapes, types and times of everything in a meta-episode; the same task throughout."""
+    envs = make_envs(env_id, 3, horizon=4, episodes_per_task=3)
+    with pytest.raises(RuntimeError, match="reset"):
+        envs.step(random_actions(envs)[0])
+    for _ in range(2):
+        first, info = envs.reset()
+        size = envs.single_observation_space.shape
+        assert first.shape == (3, *size) and first.dtype == info["task"].dtype == torch.float32
+        task = info["task"].clone()
+        for t, action in enumerate(random_actions(envs, scale=0.1)):
+            obs, reward, terminated, truncated, info = envs.step(action)
+            assert obs.dtype == info["final_obs"].dtype == reward.dtype == torch.float32
+            assert terminated.dtype == truncated.dtype == torch.bool and not terminated.any()
+            assert reward.shape == terminated.shape == truncated.shape == (3,)
+            assert (truncated == ((t + 1) % 4 == 0)).all()
+            assert torch.equal(obs, info["final_obs"]) == ((t + 1) % 4 != 0)
+            assert set(info) == {"final_obs"} | ({"alive"} if env_id == "AntDir" else set())
+            assert torch.equal(envs.task, task)
+            if t % 4 == 3:  # the next episode begins near its start
+                torch.testing.assert_close(obs, first, rtol=0, atol=0.8)
+        with pytest.raises(RuntimeError, match="reset"):
+            envs.step(action)
+    envs.close()
+    envs.close()
+
+
+def test_early_death():
+    """A dead Ant: one terminated step that counts, then idle steps of reward 0 to the episode's end; others go on."""
+    envs, other = (make_envs("AntDir", 3, horizon=6, episodes_per_task=2) for _ in range(2))
+    envs.reset(), other.reset()
+    for t, action in enumerate(random_actions(envs, scale=0.1)):
+        if t == 2:
+            envs.q[1, 2] = 1.5
+        if t == 8:
+            envs.q[:, 2] = torch.tensor([-3, 1.5, 1.5])  # all at once, too low or too high
+        obs, reward, terminated, truncated, info = envs.step(action)
+        other_obs, other_reward, *_ = other.step(action)
+        assert terminated.tolist() == {2: [False, True, False], 8: [True] * 3}.get(t, [False] * 3)
+        assert info["alive"].tolist() == [t < 9, t < 3 or 6 <= t < 9, t < 9]
+        assert (reward[~info["alive"]] == 0).all() and (reward[info["alive"]] != 0).all()
+        if t in (2, 8):
+            dead = info["final_obs"]
+        if 3 <= t < 5:
+            assert torch.equal(info["final_obs"][1], dead[1])
+        if 9 <= t < 11:
+            assert torch.equal(info["final_obs"], dead)
+        if t < 8:  # what one environment does is no concern of the others'
+            assert torch.equal(obs[[0, 2]], other_obs[[0, 2]]) and torch.equal(reward[[0, 2]], other_reward[[0, 2]])
+    assert torch.equal(obs, other_obs) and truncated.all()  # a first observation again
+
+
+def test_death_at_the_end():
+    """In an episode's last step it is both terminated and truncated, and the next one lives."""
+    envs = make_envs("AntDir", 2, horizon=2, episodes_per_task=2)
+    envs.reset()
+    actions = random_actions(envs, scale=0.1)
+    envs.step(actions[0])
+    envs.q[0, 2] = 1.5
+    _, _, terminated, truncated, info = envs.step(actions[1])
+    assert terminated.tolist() == [True, False] and truncated.all() and info["alive"].all()
+    assert info["final_obs"][0, 0] > 1
+    assert envs.step(actions[2])[4]["alive"].all()
+
+
+# ---------- Tasks ----------
+
+
+TABLE = {  # (id, rule, split) -> the evaluation tasks, by name
+    ("HalfCheetahVel", "varibad", "train"): {f"{v}": [v] for v in (0.25, 0.75, 1.25, 1.75, 2.25, 2.75)},
+    ("HalfCheetahVel", "ldm", "train"): {"0.25": [0.25], "3.25": [3.25]},
+    ("HalfCheetahVel", "ldm", "test"): {f"{v}": [v] for v in (0.75, 1.25, 1.75, 2.25, 2.75)},
+    ("HalfCheetahDir", "varibad", "train"): {"forward": [1], "backward": [-1]},
+    ("AntDir", "varibad", "train"): {"0": [1, 0], "180": [-1, 0]},
+    ("AntDir", "ldm", "train"): {"0": [1, 0], "90": [0, 1], "180": [-1, 0], "270": [0, -1]},
+    ("AntDir", "ldm", "test"): {
+        "45": [0.5**0.5, 0.5**0.5],
+        "135": [-(0.5**0.5), 0.5**0.5],
+        "225": [-(0.5**0.5), -(0.5**0.5)],
+        "315": [0.5**0.5, -(0.5**0.5)],
+    },
+    ("AntGoal", "ldm", "test"): {"1.75,0": [1.75, 0], "1.75,90": [0, 1.75], "1.75,180": [-1.75, 0]}
+    | {"1.75,270": [0, -1.75]},
+    ("AntGoal", "ldm", "train"): {
+        f"{r},{d}": [r * x, r * y]
+        for r in (0.5, 2.75)
+        for d, (x, y) in {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}.items()
+    },
+}
+TABLE["AntGoal", "varibad", "train"] = TABLE["AntGoal", "ldm", "train"] | TABLE["AntGoal", "ldm", "test"]
+TABLE |= {(i, "varibad", "test"): tasks for (i, rule, _), tasks in TABLE.items() if rule == "varibad"}
+
+
+@pytest.mark.parametrize("env_id, rule, split", TABLE)
+def test_evaluation_tasks(env_id, rule, split):
+    """Names and ground truths, set in any order; naming draws nothing, and first states are the same each time."""
+    expected = TABLE[env_id, rule, split]
+    size = len(expected)
+    envs, untouched = (make_envs(env_id, size, split, seed=5, split_rule=rule) for _ in range(2))
+    assert sorted(envs.tasks) == sorted(f"{env_id}/{name}" for name in expected)
+    assert envs.same_splits == (rule == "varibad")
+    for names in (envs.tasks, envs.tasks[::-1]):
+        task = envs.reset(tasks=names)[1]["task"]
+        truths = [expected[name.split("/")[1]] for name in names]
+        torch.testing.assert_close(task, torch.tensor(truths).float())
+    first = envs.reset(tasks=envs.tasks)[0]
+    obs, info = envs.reset()
+    their_obs, their_info = untouched.reset()
+    assert torch.equal(obs, their_obs) and torch.equal(info["task"], their_info["task"])
+    assert torch.equal(envs.reset(tasks=envs.tasks)[0], first)
+    assert (obs != first).any(1).all()
+
+
+def parameters(env_id, split, rule):
+    """20,000 drawn tasks: velocity, sign, degrees, or radius (and the angles)."""
+    envs = make_envs(env_id, 2000, split, seed=1, split_rule=rule)
+    task = torch.cat([envs.reset()[1]["task"] for _ in range(10)]).double().numpy()
+    if task.shape[1] == 1:
+        return task[:, 0], None
+    angle = np.degrees(np.arctan2(task[:, 1], task[:, 0])) % 360
+    radius = np.linalg.norm(task, axis=1)
+    return (radius, angle) if env_id == "AntGoal" else (angle.round(3) % 360, radius)
+
+
+@pytest.mark.parametrize("rule, split", [("varibad", "train"), ("varibad", "test"), ("ldm", "train"), ("ldm", "test")])
+def test_drawn_tasks(rule, split):
+    """Drawn from all of the set and nothing beyond it, uniformly: in velocity, direction and area."""
+    train, test = rule == "ldm" and split == "train", rule == "ldm" and split == "test"
+    v, _ = parameters("HalfCheetahVel", split, rule)
+    edges = [0, 0.25, 0.5, 3, 3.25, 3.5] if train else np.linspace(0.5 if test else 0, 3, 6)
+    check_uniform(np.histogram(v, edges)[0], empty=[2] if train else [])
+    degrees, ones = parameters("AntDir", split, rule)
+    found, counts = np.unique(degrees, return_counts=True)
+    assert found.tolist() == ([0, 90, 180, 270] if train else [45, 135, 225, 315] if test else [0, 180])
+    check_uniform(counts)
+    np.testing.assert_allclose(ones, 1, rtol=1e-6)
+    radius, angle = parameters("AntGoal", split, rule)
+    check_uniform(np.histogram(angle, 12, (0, 360))[0])
+    if train:
+        assert ((radius < 1) | (radius >= 2.5)).all() and radius.max() < 3
+        assert (radius < 1).mean() == pytest.approx(4 / 15, abs=0.012)
+        assert (radius < 0.5).mean() == pytest.approx(1 / 15, abs=0.007)
+    else:
+        check_uniform(np.histogram(radius**2, 10, (1, 6.25) if test else (0, 9))[0])
+    if rule == "varibad":
+        check_uniform(np.unique(parameters("HalfCheetahDir", split, rule)[0], return_counts=True)[1])
+
+
+def check_uniform(counts, empty=()):
+    """Chi-square of 20,000 draws, all counted, against the uniform over bins of equal probability."""
+    assert sum(counts) == 20_000 and all(counts[i] == 0 for i in empty)
+    counts = np.delete(counts, empty)
+    mean = 20_000 / len(counts)
+    assert ((counts - mean) ** 2).sum() / mean < 45  # p < 1e-5 at up to 11 degrees of freedom
+
+
+# ---------- Draws ----------
+
+
+def trajectory(envs, resets=2):
+    """Everything that comes out of some meta-episodes, as one tensor (_, N, ...) for each of its kinds."""
+    out = []
+    for _ in range(resets):
+        obs, info = envs.reset()
+        out.append([obs, info["task"]])
+        for action in random_actions(envs):
+            obs, reward, terminated, _, info = envs.step(action[: envs.num_envs])
+            out.append([obs, info["final_obs"], reward, terminated])
+    return [x for row in out for x in row]
+
+
+@ALL_IDS
+def test_same_seed_same_everything(env_id):
+    """Whatever the number of threads, the global random states and, environment by environment, the number of them."""
+    factory = getattr(locomotion, env_id)
+    sizes = dict(horizon=12, episodes_per_task=2)
+    expected = trajectory(make_envs(env_id, 6, seed=0, **sizes))
+    torch.manual_seed(99), np.random.seed(99)
+    again = trajectory(make_envs(env_id, 6, seed=0, **sizes))
+    assert all(torch.equal(a, b) for a, b in zip(again, expected))
+    for threads in (1, 3):
+        envs = factory(6, seed=0, num_threads=threads, **sizes)
+        assert envs.pool.nthread == threads
+        assert all(torch.equal(a, b) for a, b in zip(trajectory(envs), expected))
+    few = make_envs(env_id, 4, seed=0, **sizes)
+    many = make_envs(env_id, 6, seed=0, **sizes)
+    (obs, info), (more_obs, more_info) = few.reset(), many.reset()
+    assert torch.equal(obs, more_obs[:4]) and torch.equal(info["task"], more_info["task"][:4])
+    for action in random_actions(many):
+        assert torch.equal(few.step(action[:4])[0], many.step(action)[0][:4])
+    for other in (dict(seed=1), dict(seed=0, split="test")):
+        assert not torch.equal(make_envs(env_id, 6, **other, **sizes).reset()[0], expected[0])
+
+
+@ALL_IDS
+def test_first_states_differ(env_id):
+    """No environment's noise is another's, in any episode, reset or split."""
+    seen = []
+    for split in ("train", "test"):
+        envs = make_envs(env_id, 5, split, horizon=1, episodes_per_task=3)
+        for tasks in (None, None, [envs.tasks[0]] * 5):
+            seen.append(envs.reset(tasks)[0])
+            seen += [envs.step(action)[0] for action in random_actions(envs)[:2]]
+    seen = torch.stack(seen)[..., 1].flatten()  # a position
+    assert len(seen.unique()) == len(seen) == 90
+
+
+@ALL_IDS
+def test_resume(env_id):
+    """Other environments with the loaded state go on as the saved ones do, noise and all."""
+    sizes = dict(horizon=5, episodes_per_task=2)
+    envs, other = (make_envs(env_id, 3, seed=2, **sizes) for _ in range(2))
+    trajectory(envs)
+    other.load_state_dict(envs.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(trajectory(other), trajectory(envs)))
+
+
+# ---------- Bad input ----------
+
+
+@pytest.mark.parametrize(
+    "env_id, wrong, named",
+    [
+        ("AntDirr", {}, ["AntDirr", "did you mean AntDir"]),
+        ("HalfCheetahDir", dict(split_rule="ldm"), ["HalfCheetahDir", "'ldm'", "varibad"]),
+        ("AntGoal", dict(split_rule="LDM"), ["AntGoal", "'LDM'", "varibad and ldm"]),
+        ("AntGoal", dict(split="eval"), ["'eval'", "train and test"]),
+        ("AntGoal", dict(horizon=0), ["horizon", "0"]),
+    ],
+)
+def test_wrong_arguments(env_id, wrong, named):
+    """BadInput in one line that names the culprit and what there is."""
+    with pytest.raises(BadInput) as error:
+        make_envs(env_id, 2, **wrong)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in named)
+
+
+@ALL_IDS
+@pytest.mark.parametrize("tasks", [["no such task"] * 2, ["first"], ["first"] * 3])
+def test_wrong_tasks(env_id, tasks):
+    envs = make_envs(env_id, 2)
+    with pytest.raises(BadInput):
+        envs.reset(tasks=[envs.tasks[0] if name == "first" else name for name in tasks])
