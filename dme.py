@@ -66,7 +66,9 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 @dataclass
 class Args:
     # experiment
-    env_id: str = "GridWorld"  # GridWorld, SparsePointRobot, ML1-<family>, ML10, ML45, or package.module:factory
+    # GridWorld, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir, AntGoal, ML1-<family>, ML10, ML45, or
+    # package.module:factory.
+    env_id: str = "GridWorld"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
@@ -84,6 +86,7 @@ class Args:
     capture_video: bool = False  # with --evaluate: a film of one held-out task of each Meta-World family
     compile: bool = False  # torch.compile the networks of the rollout and of PPO; the first iteration takes a minute
     reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
+    split_rule: Literal["varibad", "ldm"] = "varibad"  # MuJoCo: train = test, or LDM's disjoint sets (its Table 1)
 
     # PPO
     learning_rate: float = 7e-4  # Adam's step size for actor and critic
@@ -174,6 +177,13 @@ META_WORLD = dict(
     reward_decoder="mlp", decoder_layers=(64, 64, 32), reward_coef=10.0, state_coef=1000.0,
     decoder_dropout=0.7,
 )  # fmt: skip
+LOCOMOTION = dict(  # theirs, too; per meta-episode of 400 steps, where they count by 200, 400 or 800
+    total_timesteps=100_000_000, horizon=200, episodes_per_task=2, eval_interval=25, checkpoint_interval=25,
+    gamma=0.97, gae_lambda=0.9, num_minibatches=8, clip_coef=0.1, policy_layers=(128, 128), obs_embed=64,
+    belief_embed=64, belief_updates=1, belief_batch=10, belief_max_grad_norm=1.0, buffer_size=10_000, action_embed=16,
+    state_embed=32, reward_embed=16, hidden_dim=128, tbptt=50, elbo_terms=50, decode_terms=50, reward_decoder="mlp",
+    decoder_layers=(64, 32), reward_coef=50.0, virtual_low=-10.0,
+)  # fmt: skip
 PRESETS = {
     # The authors of variBAD keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching early.
     # Each posterior pays its whole KL at every step, variBAD's chain for the news alone: a large weight of the reward
@@ -190,6 +200,13 @@ PRESETS = {
         decoder_layers=(64, 32),
         reward_coef=400.0, virtual_high=1.0,
     ),
+    "HalfCheetahVel": LOCOMOTION,
+    "HalfCheetahDir": LOCOMOTION | dict(update_epochs=16, num_minibatches=2),
+    "AntDir": LOCOMOTION | dict(num_minibatches=2, belief_updates=2),
+    "AntGoal": LOCOMOTION | dict(
+        num_minibatches=2, clip_coef=0.05, learning_rate=1e-3, anneal_lr=True, belief_updates=10, latent_dim=10,
+        tbptt=0, elbo_terms=0, decode_terms=0, reward_coef=400.0,
+    ),
     "ML1": META_WORLD | dict(total_timesteps=50_000_000, eval_interval=100),
     "ML10": META_WORLD | dict(num_components=10),
     "ML45": META_WORLD | dict(
@@ -204,6 +221,7 @@ SMALL_ML = dict(
 )  # fmt: skip
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
     "SparsePointRobot": dict(tbptt=50, elbo_terms=25, decode_terms=100),
+    "AntGoal": dict(tbptt=50, elbo_terms=25, decode_terms=100),
     # The tasks of ML1 differ in goals: no state decoder. The policy waits for a belief that has settled.
     "ML1": SMALL_ML | dict(
         num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, eval_tasks=0, eval_interval=20,
@@ -1050,7 +1068,8 @@ def make_eval_envs(args, device):
 
 def make_args_envs(args, num_envs, split, device):
     sizes = dict(horizon=args.horizon or None, episodes_per_task=args.episodes_per_task or None)
-    return make_envs(args.env_id, num_envs, split, args.seed, device, reward_version=args.reward_version, **sizes)
+    rules = dict(reward_version=args.reward_version, split_rule=args.split_rule)
+    return make_envs(args.env_id, num_envs, split, args.seed, device, **rules, **sizes)
 
 
 def draw_components(folder, eval_envs, details, agent, model, args):
@@ -1297,7 +1316,7 @@ def train(args, envs, eval_envs, device, folder, state):
 
     iteration, global_step, offset = 0, 0, 0
     if state:
-        for name in ("env_id", "num_envs", "horizon", "episodes_per_task", "buffer_size", "reward_version"):
+        for name in "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule".split():
             if getattr(args, name) != state["args"][name]:
                 raise BadInput(
                     f"{flag(name)} {getattr(args, name)}: {args.resume} was saved with {state['args'][name]}"

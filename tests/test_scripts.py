@@ -167,6 +167,7 @@ def test_virtual_rewards_need_an_interval():
 def test_presets(script, env_id, cuda, monkeypatch):
     """The command line over the environment's preset, over which lies a smaller one without --cuda; it passes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     name = re.sub("-v[23]$", "", env_id)
     family = name.split("-")[0]
     preset = script.PRESETS[family] if family in script.PRESETS else script.YOUR_OWN
@@ -470,6 +471,7 @@ EXCEPTIONS = {  # definitions of one name that differ between varibad.py and dme
     "Args": "DME's own arguments; it decodes the future (4) and has three KL terms in place of one",
     "PRESETS": "its hyper-parameters",
     "META_WORLD": "no weight of variBAD's KL",
+    "LOCOMOTION": "no weight of variBAD's KL; a range of virtual rewards",
     "SMALL_ML": "no decoder dropout, which the preset of its peer has for virtual tasks",
     "check_args": "DME's own arguments",
     "BeliefModel": "the hierarchical mixture (1), (2)",
