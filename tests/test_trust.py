@@ -210,6 +210,44 @@ def test_the_command_says_so(tmp_path):
     assert done.stderr.splitlines()[-1] == "varibad.py: iteration 2: reward is not finite; the last checkpoint stands"
 
 
+@pytest.mark.parametrize(
+    "script, fault, says",
+    [(varibad, "1 / 0", "ZeroDivisionError"), (dme, "os.kill(os.getpid(), 9)", "SIGKILL")],
+    ids=["varibad-raises", "dme-dies"],
+)
+def test_a_worker_that_fails(script, fault, says, tmp_path):
+    """In the third iteration: status 1, the environment and its family by name, no process left, checkpoint intact."""
+    (tmp_path / "mine.py").write_text(
+        "import os\nimport gymnasium, numpy as np\nfrom common.workers import WorkerVectorEnv\n"
+        "class Walk(gymnasium.Env):\n"
+        "    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float64)\n"
+        "    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)\n"
+        "    meta_episodes = 0\n"
+        "    def set_task(self, data):\n"
+        "        self.meta_episodes += 1\n"
+        "    def reset(self, seed=None, options=None):\n"
+        "        return np.zeros(2), {}\n"
+        "    def step(self, action):\n"
+        "        if self.meta_episodes == 3:\n"
+        f"            {fault}\n"
+        "        return np.ones(2), 1.0, False, False, {}\n"
+        "def make(num_envs, split, seed, device, horizon=5, episodes_per_task=2):\n"
+        "    tasks = [('walker', k, None) for k in range(3)]\n"
+        "    sizes = horizon, episodes_per_task\n"
+        "    return WorkerVectorEnv({'walker': Walk}, tasks, num_envs, split, seed, device, *sizes)\n"
+    )
+    words = [*TINY, "--env-id", "mine:make", "--eval-interval", "-1", "--run-dir", "run", "--checkpoint-interval", "1"]
+    argv = [sys.executable, script.__file__, *words, "--tbptt", "0"]
+    process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert re.search(rf"{script.__name__}.py: environments? [0-3, ]+\(walker\): .*{says}", said.splitlines()[-1]), said
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["iteration"] == 2
+    time.sleep(0.2)
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(str(tmp_path).encode() in line for line in commands)
+
+
 # ---------- Signals ----------
 
 

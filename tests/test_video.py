@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+import varibad
 from common.envs import BadInput
 from common.metaworld import MetaWorldEnvs, benchmark_tasks, drawing_context, make_sawyer
+from tests.test_belief import signals  # noqa: F401
+from tests.test_scripts import run
 
 HORIZON, EPISODES = 12, 3
 FAMILIES = ["lever-pull-v3", "door-close-v3"]
@@ -50,6 +53,19 @@ def test_a_film_is_the_workers_meta_episode(renderer, tmp_path, fast):
         scenes = [picture[30:].astype(int) for picture in pictures]  # without the captions
         assert all((abs(a - b).max(2) > 50).sum() > 20 for a, b in zip(scenes, scenes[1:])), "the robot stands still"
     envs.close()
+
+
+def test_capture_video(renderer, tmp_path, capsys):
+    """--evaluate --capture-video of a script: a film of the held-out family, of the episodes that were evaluated."""
+    words = "--env-id ML1-reach --belief-warmup 0 --belief-updates 1 --tbptt 0 --eval-tasks 2"
+    run(varibad, tmp_path, *words.split())
+    argv = ["--evaluate", str(tmp_path / "checkpoint.pt"), "--capture-video"]
+    varibad.main(varibad.parse_args(argv))
+    film = Image.open(tmp_path / "video_reach-v3.gif")
+    assert film.n_frames == 2 * len([1, 5]) and "not those" not in capsys.readouterr().out
+    with pytest.raises(BadInput, match="GridWorld has no camera"):
+        run(varibad, tmp_path / "grid")
+        varibad.main(varibad.parse_args(["--evaluate", str(tmp_path / "grid" / "checkpoint.pt"), "--capture-video"]))
 
 
 FILM = """
