@@ -6,8 +6,8 @@ of its training. So some of the workers train it on imaginary ones: beside the p
 decoder predicts under a random mixture of the others' m. Dropout of all its inputs but m keeps the decoder from
 knowing by heart where rewards are.
 
-Shapes: T steps of a meta-episode, N environments (n normal workers, K mixture workers among them), B batch,
-S observation, A action, Z latent, D hidden; time-major.
+Shapes: T steps of a meta-episode, N environments (workers), n of them normal, B batch, S observation, A action,
+Z latent, D hidden; time-major.
 
     python ldm.py --env-id GridWorldLDM             # every preset is a default: --help shows it
     python ldm.py --env-id GridWorldLDM --num-mixture-workers 0    # RL2
@@ -551,7 +551,9 @@ class Decoder(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         first, Z = self.net[0], m.shape[-1]
         hidden = F.linear(m, first.weight[:, :Z])[:, None] + F.linear(x, first.weight[:, Z:], first.bias)
-        return self.net[1:](hidden)
+        for layer in [*self.net][1:]:  # a slice of the Sequential would be made anew, once in every step of a rollout
+            hidden = layer(hidden)
+        return hidden
 
 
 class MultiHeadDecoder(nn.Module):
@@ -595,41 +597,50 @@ class BeliefModel(BeliefEncoder):
         encoder = nn.ModuleList([self.encoder, self.heads])
         return [encoder, self.reward_decoder] + ([self.state_decoder] if self.state_decoder else [])
 
-    def cell_logits(self, m):
-        """Grids: the logit of p(r = 1 | m, s') for each cell s': m (E, B, Z) -> (E, B, cells)."""
+    def cell_logits(self, m, which=None):
+        """Grids: the logit of p(r = 1 | m, s') for all cells s', or `which` (B, C): m (E, B, Z) -> (E, B, C)."""
         if isinstance(self.reward_decoder, MultiHeadDecoder):
             return self.reward_decoder(m)
-        cells = self.obs_norm(self.cells)[:, None].expand(-1, m.shape[1], -1)  # (cells, B, S): a mask for each task
+        cells = self.cells.expand(m.shape[1], -1, -1) if which is None else self.cells[which]  # (B, C, S)
+        cells = self.obs_norm(cells).transpose(0, 1)  # dropout's masks differ between tasks
         return self.reward_decoder(m, None, None, cells).squeeze(-1).transpose(1, 2)
 
 
 def draw_mixture(args, num_envs, device):
-    """Who imagines in a meta-episode, and weights (1): normal (n,), mixture (K,) environments, alpha (K, n, 1 or Z).
+    """Roles and weights (1) of a meta-episode: the normal workers (n,), who imagines (N,), alpha (N, N, 1 or Z).
 
-    A row of alpha adds up to 1; with beta = 1 it is uniform over all convex combinations. Each process mixes its own.
+    A mixture worker's row of alpha adds up to 1 over the normal workers, the rest is 0. With beta = 1 it is uniform
+    over all convex combinations. Each process mixes its own workers.
     """
     count = share(args.num_mixture_workers)
     mixture, normal = torch.randperm(num_envs, device=device).split([count, num_envs - count])
     draws = torch.empty(count, len(normal), args.latent_dim if args.mix_dimensions else 1, device=device).exponential_()
     dirichlet = draws / draws.sum(1, keepdim=True)
-    return normal, mixture, args.beta * dirichlet - (args.beta - 1) / len(normal)
+    alpha = torch.zeros(num_envs, num_envs, draws.shape[2], device=device)
+    alpha[mixture[:, None], normal] = args.beta * dirichlet - (args.beta - 1) / len(normal)
+    imagining = torch.zeros(num_envs, device=device, dtype=torch.bool).index_fill_(0, mixture, True)
+    return normal, imagining, alpha
 
 
 def mix(alpha, m):
-    """(1) m^: weights alpha (K, n, 1 or Z), the normal workers' m (n, Z) -> (K, Z)."""
-    return (alpha * m).sum(1)
+    """(1) m^ of every worker: alpha (N, N, 1 or Z), m (N, Z) -> (N, Z)."""
+    return (alpha * m).sum(1) if alpha.shape[2] > 1 else alpha[..., 0] @ m
 
 
 def imagine(model, m, obs, action, next_obs, args):
-    """r^, the reward that the decoder expects under m^ (K, Z): obs, next_obs (K, S), action (K, .) -> (K,).
+    """r^, the reward that the decoder expects under m^ (N, Z): obs, next_obs (N, S), action (N, .) -> (N,).
 
     In training, dropout is on here as well: the imaginary rewards are noisy, as the authors' are.
     """
     if args.reward_decoder == "multihead":
         out = model.cell_logits(m[None])[0].gather(-1, model.cell(next_obs)[:, None]).squeeze(-1)
     else:
-        x = model.obs_norm(obs)[None], model.action_input(action)[None], model.obs_norm(next_obs)[None]
-        out = model.reward_decoder(m[None], *x)[0, 0, :, 0]
+        x = (
+            (model.obs_norm(obs)[None], model.action_input(action)[None])
+            if args.reward_decoder == "mlp"
+            else (None, None)
+        )
+        out = model.reward_decoder(m[None], *x, model.obs_norm(next_obs)[None])[0, 0, :, 0]
     return out if args.reward_decoder.startswith("mlp") else 1.1 * out.sigmoid() - 0.1  # of a grid's 1 and -0.1
 
 
@@ -669,8 +680,11 @@ def reconstruction(model, m, t, real, batch, args):
         x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
         weight = (window(t[:, None], i, args) & alive & real[:, None]).float()  # (E, D, B)
         weight = weight / all_sum(weight.sum()).clamp(min=1)
-    if by_cell:
+    if args.reward_decoder == "multihead":
         reward_loss = multihead_loss(model.cell_logits(m), t, real, batch, model.cell, args)
+    elif by_cell:
+        which, index = visited_cells(model.cell(batch["next_obs"]), len(model.cells))
+        reward_loss = multihead_loss(model.cell_logits(m, which), t, real, batch, lambda _: index, args)
     else:
         predicted = model.reward_decoder(m, *x).squeeze(-1)
         if args.reward_decoder == "bernoulli":
@@ -682,6 +696,16 @@ def reconstruction(model, m, t, real, batch, args):
         error = (model.state_decoder(m, *x) - (next_obs - obs)).square().mean(-1)
         state_loss = (error * weight).sum()
     return reward_loss, state_loss
+
+
+def visited_cells(cell, num_cells):
+    """The cells that each meta-episode visits, cell (T, B): which (B, C), filled up with others, and the places of the
+    visited ones in it, (T, B). On a GPU, where counting them would wait for the device, C = num_cells.
+    """
+    visited = torch.zeros(cell.shape[1], num_cells, device=cell.device, dtype=torch.int64).scatter_(1, cell.T, 1)
+    count = visited.sum(1).max() if cell.device.type == "cpu" else num_cells
+    which = visited.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return which, (visited.cumsum(1) - 1).gather(1, cell.T).T
 
 
 def multihead_loss(logits, t, real, batch, cell, args):
@@ -895,8 +919,8 @@ class Buffer:
 def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=False, mixture=None):
     """One meta-episode in every environment, from a reset and the prior belief; blind: with zeros in its place.
 
-    mixture: normal workers, mixture workers, weights, as drawn by `draw_mixture`. The mixture workers' rewards are then
-    imaginary, for all that learns from them; the environments' own stay in true_rewards.
+    mixture: roles and weights, of `draw_mixture`. The mixture workers' rewards are imaginary then, for both encoders
+    and all that learns from them; the environments' own stay in true_rewards.
     Returns a dict: obs, next_obs, acted_on (T, N, S), actions (T, N, .), rewards, true_rewards, terminated, alive,
     success (T, N), beliefs (T + 1, N, .), task (N, G), normal (n,), and env_seconds, the time spent in `envs.step`.
     acted_on: the state after the transition as the policy sees it, after an episode's end the next one's first state.
@@ -925,7 +949,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             shift = args.obs_shift * spread * torch.randn_like(obs)
         data["task"] = info["task"].clone()
         hidden = torch.zeros(N, args.hidden_dim, device=device)  # of encoder-p
-        hidden_v = torch.zeros(len(normal), args.hidden_dim, device=device)  # of encoder-v: nothing reads the others'
+        hidden_v = torch.zeros(N, args.hidden_dim, device=device)  # of encoder-v
         for t in range(T + 1):
             if args.oracle_context:
                 belief = data["task"]
@@ -950,9 +974,8 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             if mixture:  # m is that of the posterior before this transition
                 mean, logvar = model.posterior(hidden_v)
                 m = mix(alpha, mean + (0.5 * logvar).exp() * torch.randn_like(mean))
-                x = data["obs"][t, imagining], action[imagining], next_obs[imagining]
-                reward = reward.index_copy(0, imagining, imagine(model, m, *x, args))
-                hidden_v = model.step(action[normal], next_obs[normal], reward[normal], hidden_v)
+                reward = torch.where(imagining, imagine(model, m, data["obs"][t], action, next_obs, args), reward)
+                hidden_v = model.step(action, next_obs, reward, hidden_v)
             data["rewards"][t] = reward
             if agent.encoder:
                 acted_on = obs + shift if t + 1 < T else next_obs
