@@ -153,16 +153,12 @@ class Args:
     # effective weight (1) over the number of decoded transitions.
     kl_coef: float = 1 / 120
     kl_to_prior: bool = False  # KL of each posterior to N(0, I) (authors' option), not to the posterior before (paper)
-    standardise_inputs: bool = (
-        False  # standardise the inputs of encoders and decoders (ours); the grid's default is raw
-    )
+    standardise_inputs: bool = False  # standardise the inputs of encoders and decoders (ours); the grid's are raw
 
     # LDM
     num_mixture_workers: int = 2  # environments whose rewards are imagined; 0 = RL2, without a latent dynamics network
     beta: float = 1.0  # (1): the weights are beta * Dirichlet(1, .., 1) - (beta - 1) / n; above 1 they extrapolate
-    mix_dimensions: bool = (
-        False  # other weights in each dimension of m (the authors' code), not the same in all (paper)
-    )
+    mix_dimensions: bool = False  # other weights in each dimension of m (the authors' code), not the same (paper)
 
 
 # The authors' hyper-parameters, from the configurations of their code; Args' defaults are those of GridWorldLDM.
@@ -490,40 +486,6 @@ class Encoder(nn.Module):
         return torch.cat([start, out])
 
 
-class BeliefEncoder(nn.Module):
-    """Encoder and the posterior's heads: encoder-p of the policy, encoder-v of the latent dynamics network."""
-
-    def __init__(self, args, obs_dim, action_space, latent_dim):
-        super().__init__()
-        self.discrete = hasattr(action_space, "n")
-        self.num_actions = int(action_space.n) if self.discrete else action_space.shape[0]
-        self.encoder = Encoder(args, obs_dim, self.num_actions)
-        self.heads = nn.Linear(args.hidden_dim, 2 * latent_dim)  # mean and log-variance
-        self.obs_norm, self.reward_norm = RunningNorm(obs_dim, min_std=0.02), RunningNorm(1, min_std=0.02)
-        if not self.discrete and np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all():
-            self.register_buffer("low", torch.as_tensor(action_space.low))
-            self.register_buffer("high", torch.as_tensor(action_space.high))
-
-    def action_input(self, action):
-        """What the environment made of the policy's action: one-hot if discrete, clipped to its box else."""
-        if self.discrete:
-            return F.one_hot(action, self.num_actions).float()
-        return torch.maximum(torch.minimum(action, self.high), self.low) if hasattr(self, "low") else action
-
-    def step(self, action, next_obs, reward, hidden):
-        """The encoder's step on a raw transition: action (N, .), next_obs (N, S), reward (N,) -> hidden (N, D)."""
-        reward = self.reward_norm(reward.unsqueeze(-1))
-        return self.encoder.step(self.action_input(action), self.obs_norm(next_obs), reward, hidden)
-
-    def posterior(self, hidden):
-        """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
-        return self.heads(hidden).chunk(2, -1)
-
-    def belief(self, hidden, deterministic=False):
-        """What the policy sees of encoder-p: mean and log-variance (N, 2 Z)."""
-        return self.heads(hidden)
-
-
 class Decoder(nn.Module):
     """MLP on [m, x] for every pair of posterior and transition, x the transition's embedding.
 
@@ -569,6 +531,40 @@ class MultiHeadDecoder(nn.Module):
 
 
 # ---------- 5. Belief model: what this paper changes ----------
+
+
+class BeliefEncoder(nn.Module):
+    """Encoder and the posterior's heads: encoder-p of the policy, encoder-v of the latent dynamics network."""
+
+    def __init__(self, args, obs_dim, action_space, latent_dim):
+        super().__init__()
+        self.discrete = hasattr(action_space, "n")
+        self.num_actions = int(action_space.n) if self.discrete else action_space.shape[0]
+        self.encoder = Encoder(args, obs_dim, self.num_actions)
+        self.heads = nn.Linear(args.hidden_dim, 2 * latent_dim)  # mean and log-variance
+        self.obs_norm, self.reward_norm = RunningNorm(obs_dim, min_std=0.02), RunningNorm(1, min_std=0.02)
+        if not self.discrete and np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all():
+            self.register_buffer("low", torch.as_tensor(action_space.low))
+            self.register_buffer("high", torch.as_tensor(action_space.high))
+
+    def action_input(self, action):
+        """What the environment made of the policy's action: one-hot if discrete, clipped to its box else."""
+        if self.discrete:
+            return F.one_hot(action, self.num_actions).float()
+        return torch.maximum(torch.minimum(action, self.high), self.low) if hasattr(self, "low") else action
+
+    def step(self, action, next_obs, reward, hidden):
+        """The encoder's step on a raw transition: action (N, .), next_obs (N, S), reward (N,) -> hidden (N, D)."""
+        reward = self.reward_norm(reward.unsqueeze(-1))
+        return self.encoder.step(self.action_input(action), self.obs_norm(next_obs), reward, hidden)
+
+    def posterior(self, hidden):
+        """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
+        return self.heads(hidden).chunk(2, -1)
+
+    def belief(self, hidden, deterministic=False):
+        """What the policy sees of encoder-p: mean and log-variance (N, 2 Z)."""
+        return self.heads(hidden)
 
 
 class BeliefModel(BeliefEncoder):
@@ -1057,7 +1053,7 @@ def make_args_envs(args, num_envs, split, device):
 def draw_pictures(folder, eval_envs, details, agent, model, args):
     """Grid worlds: where the decoder thinks the goal is, step by step, with the agent's path, for three goals."""
     envs = eval_envs["test"]
-    if model.cell is None or not imagines(args):
+    if args.reward_decoder.startswith("mlp") or not imagines(args):
         return
     names = [envs.tasks[i * len(envs.tasks) // envs.num_envs] for i in range(envs.num_envs)]
     agent.eval(), model.eval()
