@@ -362,7 +362,7 @@ def test_track(script, tmp_path, monkeypatch):
     module = types.SimpleNamespace(init=lambda **kwargs: said.append(kwargs) or fake)
     monkeypatch.setitem(sys.modules, "wandb", module)
     run(script, tmp_path, "--track", eval_interval=2)
-    assert said[0]["config"]["env_id"] == "GridWorld" and said[0]["dir"] == tmp_path and said[-1] == "finish"
+    assert said[0]["config"]["env_id"] == script.Args.env_id and said[0]["dir"] == tmp_path and said[-1] == "finish"
     assert said[1] == (("*",), dict(step_metric="global_step"))
     logged = [
         (str(row["global_step"]), key, repr(float(row[key]))) for row in rows for key in row if key != "global_step"
