@@ -970,7 +970,8 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             if mixture:  # m is that of the posterior before this transition
                 mean, logvar = model.posterior(hidden_v)
                 m = mix(alpha, mean + (0.5 * logvar).exp() * torch.randn_like(mean))
-                reward = torch.where(imagining, imagine(model, m, data["obs"][t], action, next_obs, args), reward)
+                imaginary = imagine(model, m, data["obs"][t], action, next_obs, args)
+                reward = torch.where(imagining & data["alive"][t], imaginary, reward)
                 hidden_v = model.step(action, next_obs, reward, hidden_v)
             data["rewards"][t] = reward
             if agent.encoder:

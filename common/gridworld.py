@@ -23,11 +23,12 @@ class GridWorld(TensorEnvs):
     def __init__(self, num_envs, split="train", seed=1, device="cpu", horizon=15, episodes_per_task=4):
         super().__init__(num_envs, split, seed, device, horizon, episodes_per_task)
         cells = [[x, y] for x in range(self.size) for y in range(self.size)]
-        goals = [xy for xy in cells if max(xy) in self.rings[split]]
         self.num_cells = len(cells)
         self.same_splits = self.rings["train"] == self.rings["test"]
-        self.tasks = [f"{type(self).__name__}/{x},{y}" for x, y in goals]
-        self.task_table = torch.tensor(goals, dtype=torch.float32)
+        if not hasattr(self, "tasks"):  # a subclass may have its own
+            goals = [xy for xy in cells if max(xy) in self.rings[split]]
+            self.tasks = [f"{type(self).__name__}/{x},{y}" for x, y in goals]
+            self.task_table = torch.tensor(goals, dtype=torch.float32)
         self.cells = torch.tensor(cells, dtype=torch.float32, device=self.device)  # (cells, 2): obs of each
         self.moves = torch.tensor(MOVES, dtype=torch.float32, device=self.device)
         self.goal_table = self.task_table.to(self.device)
