@@ -640,6 +640,24 @@ def imagine(model, m, obs, action, next_obs, args):
     return out if args.reward_decoder.startswith("mlp") else 1.1 * out.sigmoid() - 0.1  # of a grid's 1 and -0.1
 
 
+def probe_imagination(model, m, test_envs):
+    """Grids: the tasks that mixtures m (K, Z) stand for, without dropout. Training learns nothing of the test goals.
+
+    Returns a dict: the share whose best cell is a test goal, and the largest rewards, of all cells and of test goals.
+    """
+    goals = test_envs.cell(test_envs.task_table.to(m.device))
+    model.eval()
+    with torch.no_grad():
+        rewards = 1.1 * model.cell_logits(m[None])[0].sigmoid() - 0.1  # (K, cells)
+    model.train()
+    values = dict(
+        best_cell_is_a_test_goal=torch.isin(rewards.argmax(1), goals).float(),
+        largest_reward=rewards.amax(1),
+        largest_reward_of_a_test_goal=rewards[:, goals].amax(1),
+    )
+    return {f"imagination/{name}": value.mean().item() for name, value in values.items()}
+
+
 def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
     """KL(N(mean, exp(logvar)) || N(prior_mean, exp(prior_logvar))), summed over the last dimension."""
     ratio = (logvar - prior_logvar).exp() + (mean - prior_mean).square() * (-prior_logvar).exp()
@@ -918,7 +936,8 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
     mixture: roles and weights, of `draw_mixture`. The mixture workers' rewards are imaginary then, for both encoders
     and all that learns from them; the environments' own stay in true_rewards.
     Returns a dict: obs, next_obs, acted_on (T, N, S), actions (T, N, .), rewards, true_rewards, terminated, alive,
-    success (T, N), beliefs (T + 1, N, .), task (N, G), normal (n,), and env_seconds, the time spent in `envs.step`.
+    success (T, N), beliefs (T + 1, N, .), task (N, G), normal (n,), env_seconds, the time spent in `envs.step`, and
+    mixed (N, Z), the last m^.
     acted_on: the state after the transition as the policy sees it, after an episode's end the next one's first state.
     """
     T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
@@ -973,6 +992,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
                 imaginary = imagine(model, m, data["obs"][t], action, next_obs, args)
                 reward = torch.where(imagining & data["alive"][t], imaginary, reward)
                 hidden_v = model.step(action, next_obs, reward, hidden_v)
+                data["mixed"] = m
             data["rewards"][t] = reward
             if agent.encoder:
                 acted_on = obs + shift if t + 1 < T else next_obs
@@ -1396,6 +1416,8 @@ def train(args, envs, eval_envs, device, folder, state):
                 scalars |= {"charts/SPS": (global_step - first_step) / (time.time() - started)}
                 scalars |= dict(zip(("time/rollout", "time/ppo", "time/belief"), seconds / seconds.sum()))
                 scalars |= {"time/env": data["env_seconds"] / seconds.sum()}
+                if mixture and hasattr(eval_envs.get("test"), "cell") and not args.reward_decoder.startswith("mlp"):
+                    scalars |= probe_imagination(model, data["mixed"][mixture[1]], eval_envs["test"])
                 if leads():
                     with on_disk("metrics", global_step):
                         metrics.write(scalars, global_step)

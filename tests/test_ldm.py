@@ -172,6 +172,27 @@ def test_nothing_imagined_in_the_buffer(env_id, monkeypatch, tmp_path):
     assert len(scales) == (0 if env_id == "GridWorldLDM" else 4)
 
 
+@torch.no_grad()
+def test_probe_of_imagined_tasks(monkeypatch):
+    """The last m^ of a rollout; best cells and rewards from maps that are known."""
+    s = setup()
+    data, (_, imagining, _) = imagined(s)
+    assert data["mixed"].shape == (5, 3)
+    test_envs, logits = make_envs("GridWorldLDM", 1, "test"), torch.full((1, 2, 49), -5.0)
+    logits[0, 0, 3], logits[0, 1, 2], logits[0, 1, 24] = 2.0, 3.0, 0.0  # (0, 3), (0, 2), (3, 3): test, train, test
+    monkeypatch.setattr(s.model, "cell_logits", lambda m: logits)
+    found = ldm.probe_imagination(s.model, data["mixed"][imagining], test_envs)
+    reward = 1.1 * torch.tensor([2.0, 3.0, 0.0]).sigmoid() - 0.1
+    assert found == pytest.approx(
+        {
+            "imagination/best_cell_is_a_test_goal": 0.5,
+            "imagination/largest_reward": (reward[0] + reward[1]).item() / 2,
+            "imagination/largest_reward_of_a_test_goal": (reward[0] + reward[2]).item() / 2,
+        }
+    )
+    assert s.model.training
+
+
 # ---------- The policy, end to end ----------
 
 
