@@ -143,7 +143,8 @@ class Args:
     reward_decoder: Literal["bernoulli", "mlp", "mlp-next", "multihead"] = "bernoulli"
     # How often the decoder runs; the same loss and gradient in expectation. all: for every posterior and transition,
     # each with dropout of its own (the authors' code); shared: the same, a transition's dropout the same for all
-    # posteriors; cells: once for each posterior and cell of the grid, a cell's dropout the same for all posteriors.
+    # posteriors; cells: once for each posterior and visited cell, a cell's dropout the same for all posteriors
+    # (bernoulli alone, else as shared).
     decode: Literal["all", "cells", "shared"] = "cells"
     decoder_layers: tuple[int, ...] = (32, 32)  # hidden layers (ReLU) of each decoder
     decoder_dropout: float = 0.7  # dropout on the decoders' embeddings of s, a, s' (not on m), imagining too
@@ -182,6 +183,7 @@ PRESETS = {
     "HalfCheetahVel": LOCOMOTION | dict(
         total_timesteps=50_000_000, clip_coef=0.1, belief_updates=1, num_mixture_workers=4,
     ),
+    "HalfCheetahDir": LOCOMOTION | dict(split_rule="varibad"),  # not one of the paper's: two tasks, to train and test
     "AntDir": LOCOMOTION,
     "AntGoal": LOCOMOTION | dict(num_minibatches=1, policy_state=False, latent_dim=10, beta=2.0),
 }  # fmt: skip
