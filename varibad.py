@@ -46,7 +46,7 @@ from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.envs import BadInput, make_envs
+from common.envs import SPLITS, BadInput, make_envs
 from common.gru import GRU
 from common.plot import draw_grid_belief
 from common.workers import WorkerError
@@ -62,8 +62,8 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 @dataclass
 class Args:
     # experiment
-    # GridWorld, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir, AntGoal, ML1-<family>, ML10, ML45, or
-    # package.module:factory.
+    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
+    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory.
     env_id: str = "GridWorld"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
@@ -184,6 +184,10 @@ PRESETS = {
     "ML10": META_WORLD,
     "ML45": META_WORLD | dict(total_timesteps=400_000_000, eval_interval=3300, latent_dim=10, belief_updates=6),
 }  # fmt: skip
+for name in ("GridWorldLDM", "GridWorldExtrapolation"):  # 7x7; networks as large as LDM's
+    PRESETS[name] = PRESETS["GridWorld"] | dict(
+        total_timesteps=100_000_000, horizon=30, state_embed=32, hidden_dim=128, latent_dim=32, kl_coef=1 / 120
+    )
 YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
 SMALL_ML = dict(
     num_envs=20, horizon=200, num_minibatches=12, learning_rate=2.5e-4, clip_coef=0.2, std_init=0.7, std_min=0.2,
@@ -927,10 +931,10 @@ def eval_names(envs, args):
     return [name for names in by_family.values() for name in names[: args.eval_tasks or None]]
 
 
-def make_eval_envs(args, device):
-    """Evaluation environments by split; only the test split where both hold the same tasks."""
+def make_eval_envs(args, device, splits=SPLITS):
+    """Evaluation environments by split, the last one first; no train split where test holds the same tasks."""
     made = {}
-    for split in ("test", "train"):
+    for split in reversed(splits):
         if split == "train" and getattr(made["test"], "same_splits", False):
             break
         envs = make_args_envs(args, args.num_envs, split, device)
@@ -1130,7 +1134,7 @@ def main(args):
             setattr(args, name, getattr(envs, name))
         check_args(args)
         if leads() and (args.evaluate or args.eval_interval >= 0):
-            eval_envs = make_eval_envs(args, device)
+            eval_envs = make_eval_envs(args, device, getattr(envs, "splits", SPLITS))
         if args.capture_video and not hasattr(eval_envs["test"], "film"):
             raise BadInput(f"--capture-video: {args.env_id} has no camera (Meta-World's environments have one)")
         train(args, envs, eval_envs, device, folder, state)

@@ -19,13 +19,15 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     envs.tasks                   names of the split's fixed evaluation tasks, "family/which"; `reset(tasks=names)`
                                  sets N of them and draws nothing
     envs.same_splits             True where the test split holds the training tasks, all of them; may be absent
+    envs.splits                  names of the splits, where there are more than train and test; may be absent
     envs.film                    film(name, row, actions, path) replays a meta-episode into a GIF; may be absent
     state_dict, load_state_dict  all that decides later draws: the number of resets so far
 
 Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`
 and `episodes_per_task` where the user sets them and it takes them. It returns an object with `num_envs`, `device`,
 `single_observation_space`, `single_action_space`, `horizon`, `episodes_per_task`, `meta_horizon`, `split`, `tasks`,
-`reset`, `step`, `state_dict`, `load_state_dict`, `close`; a grid has `num_cells` and `cell(obs)` too.
+`reset`, `step`, `state_dict`, `load_state_dict`, `close`; a grid has `num_cells` and `cell(obs)` too, and for ldm.py
+`cells` (num_cells, S), an observation in each. A factory with more splits than train and test names them: `splits`.
 The encoder reads idle steps like any others, in rollouts and updates alike; no loss counts them.
 """
 
@@ -38,9 +40,12 @@ import sys
 import numpy as np
 import torch
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test")  # what every family has
+ALL_SPLITS = (*SPLITS, "test2")  # a split's place in it is part of the seed: new ones go to the end
 FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10, ML45) are listed by common.metaworld
     "GridWorld": "common.gridworld:GridWorld",
+    "GridWorldLDM": "common.gridworld:GridWorldLDM",
+    "GridWorldExtrapolation": "common.gridworld:GridWorldExtrapolation",
     "SparsePointRobot": "common.pointrobot:SparsePointRobot",
     "HalfCheetahVel": "common.locomotion:HalfCheetahVel",
     "HalfCheetahDir": "common.locomotion:HalfCheetahDir",
@@ -63,8 +68,6 @@ def make_envs(
     sizes: `horizon` and `episodes_per_task`, where the family's own are not wanted (None counts as unset).
     Raises BadInput for an unknown id (with the known ones and the nearest), split, split rule or size.
     """
-    if split not in SPLITS:
-        raise BadInput(f"unknown split {split!r}: {env_id} has {' and '.join(SPLITS)}")
     sizes = {name: size for name, size in sizes.items() if size is not None}
     for name, size in {"num_envs": num_envs, **sizes}.items():
         if size < 1:
@@ -83,6 +86,9 @@ def make_envs(
         nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise BadInput(f"unknown env_id {env_id!r}: known are {', '.join(known)}, or package.module:factory{hint}")
+    splits = getattr(factory, "splits", SPLITS)
+    if split not in splits:
+        raise BadInput(f"unknown split {split!r}: {env_id} has {' and '.join(splits)}")
     if "split_rule" in inspect.signature(factory).parameters:
         sizes["split_rule"] = split_rule
     return factory(num_envs, split, seed, device, **sizes)
@@ -113,7 +119,7 @@ def check_tasks(envs, names):
 
 def generator(seed, split, *key):
     """A generator for what `key`, integers, names. Keys that differ by zeros at their end alone are the same."""
-    return np.random.default_rng((seed, SPLITS.index(split), *key))
+    return np.random.default_rng((seed, ALL_SPLITS.index(split), *key))
 
 
 def uniforms(seed, split, resets, num_envs, dim):

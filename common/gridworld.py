@@ -1,32 +1,40 @@
-"""GridWorld: variBAD's 5x5 grid with a hidden goal (Zintgraf et al., JMLR 2021, section 5.1), on the device."""
+"""Grid worlds with a hidden goal, on the device: variBAD's (Zintgraf et al., JMLR 2021, section 5.1) and LDM's, whose
+training and test goals are disjoint (Lee and Chung, NeurIPS 2021, sections 5.1.1 and 5.1.2)."""
 
 import torch
 from gymnasium.spaces import Discrete
 
-from common.envs import TensorEnvs
+from common.envs import SPLITS, TensorEnvs
 
-SIZE = 5
 MOVES = [[0, 0], [0, 1], [1, 0], [0, -1], [-1, 0]]  # stay, y + 1, x + 1, y - 1, x - 1
-GOALS = [[x, y] for x in range(SIZE) for y in range(SIZE) if x > 1 or y > 1]  # 21: none next to the start
 
 
 class GridWorld(TensorEnvs):
-    """obs (x, y), from (0, 0); +1 where the move ends on the goal, else -0.1; both splits hold all 21 goals."""
+    """obs (x, y), from (0, 0); +1 where the move ends on the goal, else -0.1; both splits hold all 21 goals.
+
+    rings: split -> the values of max(x, y) of its goals. 5x5, and no goal next to the start.
+    """
 
     obs_dim = 2
-    num_cells = SIZE * SIZE
-    same_splits = True
+    size = 5
+    rings = dict.fromkeys(SPLITS, (2, 3, 4))
     single_action_space = Discrete(len(MOVES))
-    tasks = [f"GridWorld/{x},{y}" for x, y in GOALS]
-    task_table = torch.tensor(GOALS, dtype=torch.float32)
 
     def __init__(self, num_envs, split="train", seed=1, device="cpu", horizon=15, episodes_per_task=4):
         super().__init__(num_envs, split, seed, device, horizon, episodes_per_task)
+        cells = [[x, y] for x in range(self.size) for y in range(self.size)]
+        self.num_cells = len(cells)
+        self.same_splits = self.rings["train"] == self.rings["test"]
+        if not hasattr(self, "tasks"):  # a subclass may have its own
+            goals = [xy for xy in cells if max(xy) in self.rings[split]]
+            self.tasks = [f"{type(self).__name__}/{x},{y}" for x, y in goals]
+            self.task_table = torch.tensor(goals, dtype=torch.float32)
+        self.cells = torch.tensor(cells, dtype=torch.float32, device=self.device)  # (cells, 2): obs of each
         self.moves = torch.tensor(MOVES, dtype=torch.float32, device=self.device)
         self.goal_table = self.task_table.to(self.device)
 
     def goals(self, u):
-        return self.goal_table[(u[:, 0] * len(GOALS)).long()]
+        return self.goal_table[(u[:, 0] * len(self.tasks)).long()]
 
     def start(self):
         self.cell_xy = torch.zeros(self.num_envs, 2, device=self.device)
@@ -34,11 +42,31 @@ class GridWorld(TensorEnvs):
 
     def move(self, action):
         """action: int64 (N,)."""
-        self.cell_xy = (self.cell_xy + self.moves[action]).clamp(0, SIZE - 1)
+        self.cell_xy = (self.cell_xy + self.moves[action]).clamp(0, self.size - 1)
         success = (self.cell_xy == self.task).all(-1)
         return self.cell_xy, torch.where(success, 1.0, -0.1), success
 
-    @staticmethod
-    def cell(obs):
-        """Index 5 x + y of the cell of an observation: (..., 2) -> int64 (...)."""
-        return (obs[..., 0] * SIZE + obs[..., 1]).long()
+    @classmethod
+    def cell(cls, obs):
+        """Index size * x + y of the cell of an observation: (..., 2) -> int64 (...)."""
+        return (obs[..., 0] * cls.size + obs[..., 1]).long()
+
+
+class GridWorldLDM(GridWorld):
+    """7x7, episodes of 30 steps: 18 training goals in an inner and the outermost ring, 27 test goals between them."""
+
+    size = 7
+    rings = dict(train=(2, 6), test=(3, 4, 5))
+
+    def __init__(self, num_envs, split="train", seed=1, device="cpu", horizon=30, episodes_per_task=4):
+        super().__init__(num_envs, split, seed, device, horizon, episodes_per_task)
+
+
+class GridWorldExtrapolation(GridWorldLDM):
+    """The outer training goals moved inwards: 16 for training, 16 between them (the paper's test1), 13 outside (test2).
+
+    The paper has the rings in a picture alone; these are read from its text.
+    """
+
+    rings = dict(train=(2, 5), test=(3, 4), test2=(6,))
+    splits = tuple(rings)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.envs import BadInput, TensorEnvs, make_envs
+from common.envs import BadInput, TensorEnvs, generator, make_envs
 
 MOVES = [(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)]
 IDS = ["GridWorld", "SparsePointRobot"]
@@ -46,6 +46,77 @@ def test_grid_steps():
     assert walls > 100
     cells = torch.tensor([[0, 0], [0, 1], [3, 2]])
     assert envs.cell(cells).tolist() == [0, 1, 17]
+
+
+LDM_GOALS = {  # environment -> split -> its goals: the inner ring and the outermost one, what lies between, outside
+    "GridWorldLDM": dict(train=(2, 6), test=(3, 4, 5)),
+    "GridWorldExtrapolation": dict(train=(2, 5), test=(3, 4), test2=(6,)),
+}
+
+
+@pytest.mark.parametrize(
+    "env_id, split, count",
+    [
+        ("GridWorldLDM", "train", 18),
+        ("GridWorldLDM", "test", 27),
+        ("GridWorldExtrapolation", "train", 16),
+        ("GridWorldExtrapolation", "test", 16),
+        ("GridWorldExtrapolation", "test2", 13),
+    ],
+)
+def test_grids_with_disjoint_splits(env_id, split, count):
+    """Goals and their number, drawn and named; walls, rewards and success of random steps by a plain loop."""
+    rings = LDM_GOALS[env_id][split]
+    expected = {(x, y) for x in range(7) for y in range(7) if max(x, y) in rings}
+    envs = make_envs(env_id, 400, split, seed=2)
+    assert (envs.horizon, envs.episodes_per_task, envs.num_cells, envs.same_splits) == (30, 4, 49, False)
+    obs, info = envs.reset()
+    assert len(expected) == count and envs.tasks == [f"{env_id}/{x},{y}" for x, y in sorted(expected)]
+    assert {tuple(goal) for goal in info["task"].int().tolist()} == expected
+    assert envs.cell(envs.cells).tolist() == list(range(49))
+    position, hits = [(0, 0)] * 400, 0
+    for t, actions in enumerate(random_actions(envs)):
+        if t % 30 == 0:
+            position = [(0, 0)] * 400
+        assert [tuple(xy) for xy in obs.int().tolist()] == position
+        obs, reward, _, _, step = envs.step(actions)
+        for n, (dx, dy) in enumerate(MOVES[a] for a in actions.tolist()):
+            position[n] = min(max(position[n][0] + dx, 0), 6), min(max(position[n][1] + dy, 0), 6)
+        hit = [cell == tuple(goal) for cell, goal in zip(position, info["task"].int().tolist())]
+        hits += sum(hit)
+        assert [tuple(xy) for xy in step["final_obs"].int().tolist()] == position
+        assert reward.tolist() == pytest.approx([1.0 if h else -0.1 for h in hit]) and step["success"].tolist() == hit
+    assert hits > 0
+
+
+@pytest.mark.parametrize("env_id", LDM_GOALS)
+def test_splits_are_disjoint(env_id):
+    """No goal in two splits, and together all that are not next to the start; each split has draws of its own."""
+    made = [make_envs(env_id, 3, split) for split in LDM_GOALS[env_id]]
+    names = sum((envs.tasks for envs in made), [])
+    assert len(names) == len(set(names)) == 45
+    assert len({tuple(generator(1, envs.split, 0).random(3)) for envs in made}) == len(made)
+    others = {"test2", "validation"} - set(LDM_GOALS[env_id])
+    for wrong, other in [(env_id, split) for split in others] + [("ML1-reach", "test2"), ("HalfCheetahVel", "test2")]:
+        with pytest.raises(BadInput, match=other):
+            make_envs(wrong, 1, other)
+
+
+@pytest.mark.parametrize("split, optimum", [("train", 23.28), ("test", 24.50)])
+def test_known_goal_optimum_of_ldms_grid(split, optimum):
+    """Walk to the goal and stay: no episode returns more, since the goal is reached as early as can be."""
+    names = make_envs("GridWorldLDM", 1, split).tasks
+    envs = make_envs("GridWorldLDM", len(names), split)
+    obs, info = envs.reset(tasks=names)
+    returns = torch.zeros(4, len(names))
+    for t in range(envs.meta_horizon):
+        left = info["task"] - obs
+        action = torch.where(left[:, 0] > 0, 2, torch.where(left[:, 1] > 0, 1, 0))
+        obs, reward, *_ = envs.step(action)
+        returns[t // 30] += reward
+    distance = info["task"].sum(1)
+    torch.testing.assert_close(returns, (31 - distance - 0.1 * (distance - 1)).expand(4, -1))
+    assert returns.mean(1).tolist() == pytest.approx([optimum] * 4, abs=0.005)
 
 
 def test_point_steps():

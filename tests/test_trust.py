@@ -26,7 +26,7 @@ import dme
 import varibad
 from common.envs import BadInput, make_envs
 from tests.test_belief import SCRIPTS, random_batch, setup, signals  # noqa: F401
-from tests.test_scripts import TINY, command, metrics, run, same
+from tests.test_scripts import ALL, TINY, command, metrics, run, same
 
 ROOT = Path(varibad.__file__).parent
 STEADY = ["--ent-coef-end", "0.04"]  # nothing that depends on the run's length
@@ -59,7 +59,7 @@ def test_kill_while_saving(tmp_path):
     assert seen > 40  # it did save, and was not always hit in the first one
 
 
-@SCRIPTS
+@ALL
 def test_a_save_that_fails(script, tmp_path, monkeypatch, capsys):
     """A full disk (here: a limit to the size of files) in the middle: a sentence, the last good one stays, and on."""
     save, limits = script.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -80,7 +80,7 @@ def test_a_save_that_fails(script, tmp_path, monkeypatch, capsys):
     assert end["iteration"] == 4 and out.count("checkpoint not saved at step") == 2 and "step 80: " in out
 
 
-@SCRIPTS
+@ALL
 def test_too_little_disk(script, tmp_path, monkeypatch, capsys):
     """Found at the start: one line that says how much is missing, status 2. What a run needs is what it then writes."""
     usage = shutil.disk_usage(tmp_path)
@@ -110,7 +110,7 @@ dme.main(dme.parse_args({[*TINY, "--total-timesteps", "1200", "--eval-interval",
         assert f"{what} not saved at step 1200: " in done.stdout + done.stderr
 
 
-@SCRIPTS
+@ALL
 def test_an_unwritable_folder(script, tmp_path, monkeypatch, capsys):
     """One line, status 2, before any training."""
     (tmp_path / "file").write_text("in the way")
@@ -119,7 +119,7 @@ def test_an_unwritable_folder(script, tmp_path, monkeypatch, capsys):
     assert status == 2 and len(lines) == 1 and "cannot write" in lines[0] and "file" in lines[0]
 
 
-@SCRIPTS
+@ALL
 def test_resume_of_the_one_before(script, tmp_path):
     """checkpoint.pt.previous may be resumed where it lies."""
     end = run(script, tmp_path)
@@ -131,7 +131,7 @@ def test_resume_of_the_one_before(script, tmp_path):
 # ---------- Finite numbers ----------
 
 
-@SCRIPTS
+@ALL
 @pytest.mark.parametrize("where", ["observation", "reward", "policy loss", "belief loss", "belief gradient norm"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_not_finite(script, where, bad, tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_not_finite(script, where, bad, tmp_path, monkeypatch):
     assert saved["iteration"] == 2 and same(saved["agent"], made[2]) == []
 
 
-@SCRIPTS
+@ALL
 @pytest.mark.parametrize("words", ["--learning-rate 1e38", "--belief-learning-rate 3e38"])
 def test_weights_on_disk_are_finite(script, words, tmp_path):
     """Where the last step of an iteration breaks the weights, nothing is saved."""
@@ -178,7 +178,7 @@ def test_weights_on_disk_are_finite(script, words, tmp_path):
     assert torch.load(tmp_path / "checkpoint.pt")["iteration"] == 1
 
 
-@SCRIPTS
+@ALL
 def test_nothing_moves_where_the_gradient_is_not_finite(script):
     """`descend` raises before the step: parameters and the optimiser's state are as they were."""
     layer = torch.nn.Linear(3, 1)
@@ -251,7 +251,7 @@ def test_a_worker_that_fails(script, fault, says, tmp_path):
 # ---------- Signals ----------
 
 
-@SCRIPTS
+@ALL
 @pytest.mark.parametrize("second, status", [(0, 0), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_two_signals(script, second, status, tmp_path):
     """SIGTERM ends a run saved; a second signal, at once."""
@@ -292,7 +292,7 @@ def one_iteration_or_one_sentence(script, args, folder):
     shutil.rmtree(args.run_dir, ignore_errors=True)
 
 
-@SCRIPTS
+@ALL
 def test_each_argument_at_its_edges(script, tmp_path):
     """0, 1, nothing and too much, one argument at a time."""
     edges = {bool: (True, False), int: (0, 1), float: (0.0, 1.0, 1e30, math.nan)}
@@ -322,7 +322,7 @@ def draw_field(data, field, default):
     return field.type(data.draw(NUMBERS.filter(lambda x: field.type is float or math.isfinite(x)), field.name))
 
 
-@SCRIPTS
+@ALL
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_arguments_at_random(script, data, tmp_path_factory):
@@ -342,7 +342,7 @@ def test_arguments_at_random(script, data, tmp_path_factory):
 # ---------- Another place ----------
 
 
-@SCRIPTS
+@ALL
 def test_a_copy_in_an_empty_folder(script, tmp_path):
     """The script and common/ are enough."""
     shutil.copy(script.__file__, tmp_path)
@@ -353,7 +353,7 @@ def test_a_copy_in_an_empty_folder(script, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@SCRIPTS
+@ALL
 def test_track(script, tmp_path, monkeypatch):
     """--track: Weights & Biases gets the rows of metrics.csv, with global_step as the axis."""
     rows, said = [], []
@@ -362,7 +362,7 @@ def test_track(script, tmp_path, monkeypatch):
     module = types.SimpleNamespace(init=lambda **kwargs: said.append(kwargs) or fake)
     monkeypatch.setitem(sys.modules, "wandb", module)
     run(script, tmp_path, "--track", eval_interval=2)
-    assert said[0]["config"]["env_id"] == "GridWorld" and said[0]["dir"] == tmp_path and said[-1] == "finish"
+    assert said[0]["config"]["env_id"] == script.Args.env_id and said[0]["dir"] == tmp_path and said[-1] == "finish"
     assert said[1] == (("*",), dict(step_metric="global_step"))
     logged = [
         (str(row["global_step"]), key, repr(float(row[key]))) for row in rows for key in row if key != "global_step"

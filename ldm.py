@@ -1,0 +1,1480 @@
+"""LDM: Latent Dynamics Mixture, meta-RL for tasks outside the training set (Lee and Chung, NeurIPS 2021).
+
+An RL2 policy, whose own recurrent encoder-p learns end to end from the return, does not act well on tasks unlike those
+of its training. So some of the workers train it on imaginary ones: beside the policy, variBAD's latent dynamics network
+(encoder-v and a reward decoder) learns a latent m of every task, and a mixture worker's rewards are those that the
+decoder predicts under a random mixture of the others' m. Dropout of all its inputs but m keeps the decoder from
+knowing by heart where rewards are.
+
+Shapes: T steps of a meta-episode, N environments (workers), n of them normal, B batch, S observation, A action,
+Z latent, D hidden; time-major.
+
+    python ldm.py --env-id GridWorldLDM             # every preset is a default: --help shows it
+    python ldm.py --env-id GridWorldLDM --num-mixture-workers 0    # RL2
+    python ldm.py --resume runs/.../checkpoint.pt
+    python ldm.py --evaluate runs/.../checkpoint.pt
+
+Section of the paper                                             function
+    3.1 policy with encoder-p, trained end to end                Agent, BeliefEncoder, a2c_update, ppo_update
+    3.2 latent dynamics network: encoder-v, reward decoder       BeliefModel, Decoder, reconstruction, elbo
+    3.3 (1) mixture weights alpha, mixed latent m^               draw_mixture, mix
+    3.3 imaginary reward r^ = decoder(m^, s')                    imagine, rollout
+    3.3 dropout of the decoder's inputs                          Decoder
+    3.4 roles and weights, fixed for a meta-episode              draw_mixture, train
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.distributions import Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common.envs import SPLITS, BadInput, make_envs
+from common.gru import GRU
+from common.plot import draw_grid_belief
+from common.workers import WorkerError
+
+SCRIPT = Path(__file__).stem
+LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen
+PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint holds beside counters and `processes`
+
+
+# ---------- 3. Arguments and presets ----------
+
+
+@dataclass
+class Args:
+    # experiment
+    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
+    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory.
+    env_id: str = "GridWorldLDM"
+    seed: int = 1  # of tasks, networks and actions
+    cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+    total_timesteps: int = 100_000_000  # environment steps, summed over environments
+    num_envs: int = 16  # environments stepped together (N)
+    horizon: int = 30  # steps of an episode (H); 0 = the environment's own
+    episodes_per_task: int = 4  # episodes of a meta-episode (K), which is an iteration; 0 = the environment's own
+    eval_interval: int = 500  # iterations between evaluations; 0 = only at the end; negative = never
+    eval_tasks: int = 0  # evaluation tasks per family, the first ones; 0 = all
+    checkpoint_interval: int = 500  # iterations between checkpoints; 0 = only at the end
+    run_dir: str = ""  # folder of this very run; empty = runs/<env>__<script>__<seed>__<time>
+    resume: str = ""  # checkpoint to continue from, with its arguments; those given beside it override
+    evaluate: str = ""  # checkpoint to evaluate: prints the results and writes eval.json beside it, trains nothing
+    eval_sample: bool = False  # evaluate with sampled actions and latents in place of the most likely ones
+    capture_video: bool = False  # with --evaluate: a film of one held-out task of each Meta-World family
+    compile: bool = False  # torch.compile the networks of the rollout and of PPO; the first iteration takes a minute
+    reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
+    split_rule: Literal["varibad", "ldm"] = "ldm"  # MuJoCo: train = test, or LDM's disjoint sets (its Table 1)
+
+    # A2C, PPO
+    # a2c: one step of RMSprop on the whole rollout (the authors' grid); ppo: minibatches of whole environments (their
+    # MuJoCo). Both go through encoder-p, from the end of a meta-episode to its start.
+    rl: Literal["a2c", "ppo"] = "a2c"
+    learning_rate: float = 7e-4  # step size for actor, critic and encoder-p
+    anneal_lr: bool = False  # let it fall linearly to 0
+    gamma: float = 0.95  # discount per step, over the whole meta-episode
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    # task: the end of a meta-episode bootstraps from its last state; terminal: its value is 0 (variBAD's code, grid);
+    # episode: no credit flows from one episode to the next (variBAD's code, elsewhere).
+    time_limit: Literal["task", "terminal", "episode"] = "task"
+    update_epochs: int = 2  # PPO: passes over an iteration's steps
+    num_minibatches: int = 4  # PPO: gradient steps per pass, each on the meta-episodes of some environments
+    clip_coef: float = 0.05  # PPO: epsilon of the clipped ratio and value
+    ent_coef: float = 0.1  # weight of the entropy bonus at the start
+    ent_coef_end: float = 0.1  # and at the end: linear in between
+    vf_coef: float = 0.5  # weight of the value loss
+    # huber: variBAD's code, clipped values; mse: 1/2 squared error. A2C's is the squared error (the authors' code).
+    value_loss: Literal["huber", "mse"] = "huber"
+    max_grad_norm: float = 0.5  # clip of the norm of the policy's gradient; 0 = off
+    norm_reward: bool = False  # divide the policy's rewards by the deviation of the discounted return, clip at 10
+    policy_layers: tuple[int, ...] = (32,)  # hidden layers (tanh) of actor and critic
+    policy_latent_dim: int = 32  # encoder-p's latent: the policy sees a mean and a log-variance, each of this dimension
+    policy_state: bool = False  # the policy sees the state beside them
+    # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
+    # that nothing tells the few training tasks by where things happen to stand (ours).
+    obs_shift: float = 0.0
+    std_init: float = 1.0  # deviation of a continuous action at the start
+    std_min: float = 0.01  # its lower bound, reached softly
+    std_max: float = 2.0  # its upper bound
+
+    # belief model
+    no_belief: bool = False  # the state alone, without encoder-p: the floor; nothing is imagined
+    oracle_context: bool = False  # the state and the true task, without encoder-p: the ceiling; nothing is imagined
+    belief_learning_rate: float = 1e-3  # Adam's step size for encoder-v and decoders
+    belief_anneal_lr: bool = False  # let it fall linearly to 0, so that the belief settles (ours)
+    belief_updates: int = 2  # gradient steps per iteration
+    belief_batch: int = 25  # meta-episodes per gradient step (B)
+    belief_max_grad_norm: float = 0.0  # clip of the gradient's norm, for each of encoder and decoders; 0 = off
+    buffer_size: int = 100_000  # meta-episodes kept for the belief model; as many as --num-envs: on-policy
+    precollect: int = 0  # steps before the first gradient step; the policy waits for the second iteration too
+    action_embed: int = 0  # embedding of the action in both encoders and the decoders; 0 = not an input
+    state_embed: int = 32  # embedding of the state
+    reward_embed: int = 8  # embedding of the reward (encoders)
+    hidden_dim: int = 128  # units of each encoder's GRU (D)
+    latent_dim: int = 32  # dimension of the latent m (Z)
+    tbptt: int = 0  # encoder-v: steps of a window of truncated back-propagation through time; 0 = whole meta-episode
+    elbo_terms: int = 0  # posteriors drawn per meta-episode; 0 = all
+    decode_terms: int = 0  # transitions drawn per meta-episode; 0 = all
+    # Transitions that m_t decodes: all of the meta-episode (the paper), those to come, those to come in this episode.
+    decode_window: Literal["all", "future", "episode"] = "all"
+    # One Bernoulli of (m, s') (grids; the paper's single head), the squared error of the reward of (m, s, a, s') or of
+    # (m, s'), or a Bernoulli per grid cell, of m alone (multihead, as variBAD's: then dropout has nothing to drop).
+    reward_decoder: Literal["bernoulli", "mlp", "mlp-next", "multihead"] = "bernoulli"
+    # How often the decoder runs; the same loss and gradient in expectation. all: for every posterior and transition,
+    # each with dropout of its own (the authors' code); shared: the same, a transition's dropout the same for all
+    # posteriors; cells: once for each posterior and visited cell, a cell's dropout the same for all posteriors
+    # (bernoulli alone, else as shared).
+    decode: Literal["all", "cells", "shared"] = "cells"
+    decoder_layers: tuple[int, ...] = (32, 32)  # hidden layers (ReLU) of each decoder
+    decoder_dropout: float = 0.7  # dropout on the decoders' embeddings of s, a, s' (not on m), imagining too
+    reward_coef: float = 1.0  # weight of the reward's reconstruction
+    state_coef: float = 0.0  # weight of the state's reconstruction; 0 = no state decoder
+    # Weight of the KL. Every term of the ELBO is a mean here (over B, posteriors, transitions), so this is the authors'
+    # effective weight (1) over the number of decoded transitions.
+    kl_coef: float = 1 / 120
+    kl_to_prior: bool = False  # KL of each posterior to N(0, I) (authors' option), not to the posterior before (paper)
+    standardise_inputs: bool = False  # standardise the inputs of encoders and decoders (ours); the grid's are raw
+
+    # LDM
+    num_mixture_workers: int = 2  # environments whose rewards are imagined; 0 = RL2, without a latent dynamics network
+    beta: float = 1.0  # (1): the weights are beta * Dirichlet(1, .., 1) - (beta - 1) / n; above 1 they extrapolate
+    mix_dimensions: bool = False  # other weights in each dimension of m (the authors' code), not the same (paper)
+
+
+# The authors' hyper-parameters, from the configurations of their code; Args' defaults are those of GridWorldLDM.
+LOCOMOTION = dict(  # per meta-episode of 400 steps, where they count by 200
+    total_timesteps=200_000_000, horizon=200, episodes_per_task=2, eval_interval=25, checkpoint_interval=25, rl="ppo",
+    gamma=0.97, gae_lambda=0.9, ent_coef=0.01, ent_coef_end=0.01, norm_reward=True, policy_layers=(128,),
+    policy_latent_dim=128, policy_state=True, belief_batch=10, buffer_size=10_000, action_embed=16, reward_embed=16,
+    latent_dim=5, elbo_terms=50, decode_terms=50, reward_decoder="mlp", decode="shared", decoder_layers=(64, 32),
+    decoder_dropout=0.5,
+    kl_coef=50 / 401 / 400,  # their KL counts 50 of the 401 posteriors, their reconstruction all, with 400 decoded each
+    standardise_inputs=True,
+)  # fmt: skip
+PRESETS = {
+    "GridWorld": dict(total_timesteps=20_000_000, horizon=15, time_limit="terminal", kl_coef=1 / 60),
+    "GridWorldLDM": dict(time_limit="terminal"),
+    "GridWorldExtrapolation": dict(time_limit="terminal", decoder_dropout=0.5),
+    "SparsePointRobot": LOCOMOTION | dict(
+        total_timesteps=50_000_000, horizon=100, episodes_per_task=3, gamma=0.99, reward_decoder="mlp-next",
+        kl_coef=1 / 300,
+    ),
+    "HalfCheetahVel": LOCOMOTION | dict(
+        total_timesteps=50_000_000, clip_coef=0.1, belief_updates=1, num_mixture_workers=4,
+    ),
+    "HalfCheetahDir": LOCOMOTION | dict(split_rule="varibad"),  # not one of the paper's: two tasks, to train and test
+    "AntDir": LOCOMOTION,
+    "AntGoal": LOCOMOTION | dict(num_minibatches=1, policy_state=False, latent_dim=10, beta=2.0),
+}  # fmt: skip
+YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
+SMALL = {}  # nothing less without a GPU
+
+
+def parse_args(argv=None):
+    """The command line over the arguments saved in --resume or --evaluate, else over the preset of --env-id."""
+    argv = sys.argv[1:] if argv is None else argv
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--env-id", "--env_id", default=Args.env_id)
+    early.add_argument("--cuda", action="store_true")
+    early.add_argument("--resume", default="")
+    early.add_argument("--evaluate", default="")
+    known = early.parse_known_args(argv)[0]
+    path = known.resume or known.evaluate
+    if path:
+        defaults = load_checkpoint(path)["args"] | dict(resume="", evaluate="", run_dir=str(Path(path).parent))
+    else:
+        name = known.env_id.removesuffix("-v2").removesuffix("-v3")
+        family = name.split("-")[0]
+        small = {} if known.cuda else SMALL.get(name, SMALL.get(family, {}))
+        defaults = PRESETS.get(family, YOUR_OWN) | small
+    return tyro.cli(Args, args=argv, default=Args(**defaults))
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_args(args):
+    """BadInput for the first argument that makes no sense, or for two that do not fit."""
+    for name in (
+        "total_timesteps num_envs update_epochs num_minibatches belief_batch buffer_size "
+        "state_embed reward_embed hidden_dim latent_dim policy_latent_dim learning_rate belief_learning_rate "
+        "std_min std_init clip_coef"
+    ).split():
+        if not 0 < getattr(args, name) < math.inf:
+            raise BadInput(f"{flag(name)} must be above 0, not {getattr(args, name)}")
+    for name in (
+        "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
+        "obs_shift horizon episodes_per_task "
+        "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef "
+        "num_mixture_workers beta"
+    ).split():
+        if not 0 <= getattr(args, name) < math.inf:
+            raise BadInput(f"{flag(name)} must not be below 0, and finite: not {getattr(args, name)}")
+    for name, below in dict(gamma=1.0, gae_lambda=1.0, decoder_dropout=0.999).items():
+        if not 0 <= getattr(args, name) <= below:
+            raise BadInput(f"{flag(name)} must lie in [0, {below}], not {getattr(args, name)}")
+    for name in ("policy_layers", "decoder_layers"):
+        if not getattr(args, name) or min(getattr(args, name)) < 1:
+            raise BadInput(f"{flag(name)} must be one or more positive sizes, not {getattr(args, name)}")
+    if args.num_envs % ranks() or args.belief_batch < ranks():
+        raise BadInput(
+            f"--num-envs {args.num_envs}, --belief-batch {args.belief_batch}: {ranks()} processes cannot share them"
+        )
+    if args.num_envs // ranks() % args.num_minibatches:  # a minibatch holds whole meta-episodes
+        raise BadInput(f"--num-minibatches {args.num_minibatches} does not divide --num-envs {args.num_envs}")
+    if args.num_mixture_workers and args.num_envs // ranks() - -(-args.num_mixture_workers // ranks()) < 2:
+        raise BadInput(
+            f"--num-mixture-workers {args.num_mixture_workers} leaves fewer than 2 of --num-envs {args.num_envs} to mix"
+        )
+    steps = args.horizon * args.episodes_per_task
+    if args.tbptt and steps > args.tbptt and steps % args.tbptt:
+        raise BadInput(f"--tbptt {args.tbptt} does not divide the {steps} steps of a meta-episode")
+    if args.buffer_size < args.num_envs:
+        raise BadInput(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}: no iteration fits")
+    if not args.std_min < args.std_init < args.std_max < math.inf:
+        raise BadInput(f"--std-init {args.std_init} must lie inside --std-min {args.std_min}, --std-max {args.std_max}")
+    if args.seed >= 2**32:  # PyTorch's generator reads no more of it
+        raise BadInput(f"--seed must be below 2**32, not {args.seed}")
+    if args.resume and args.evaluate:
+        raise BadInput("--resume and --evaluate exclude each other")
+    if args.capture_video and not args.evaluate:
+        raise BadInput("--capture-video goes with --evaluate")
+    if args.evaluate and ranks() > 1:
+        raise BadInput("--evaluate is for one process")
+    if args.no_belief and args.oracle_context:
+        raise BadInput("--no-belief and --oracle-context exclude each other")
+    if args.cuda and not torch.cuda.is_available():
+        raise BadInput("--cuda: this PyTorch sees no CUDA device")
+    if args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise BadInput(f"--cuda: more processes than the {torch.cuda.device_count()} CUDA devices")
+
+
+def imagines(args):
+    """Whether there are mixture workers, and so a latent dynamics network to learn; there are none in RL2."""
+    return args.num_mixture_workers > 0 and not (args.no_belief or args.oracle_context)
+
+
+# ---------- 3b. Several processes (torchrun), and finite numbers ----------
+
+
+def ranks():
+    """The number of processes: torchrun's, each with its share of the environments, the buffer and the batches."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def leads():
+    """Whether this process is the one that evaluates and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def share(n):
+    """This process's part of n things."""
+    return (n + dist.get_rank()) // ranks() if dist.is_initialized() else n
+
+
+def all_sum(x):
+    """The sum of x over all processes. Losses are sums whose weights add up to 1 over all of them: so are gradients."""
+    if dist.is_initialized():
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def check_finite(**tensors):
+    """FloatingPointError, in all processes, that names the first of the tensors with a NaN or an infinity in any."""
+    bad = all_sum(torch.stack([~torch.isfinite(tensor).all() for tensor in tensors.values()]).int()).tolist()
+    for name, count in zip(tensors, bad):
+        if count:
+            raise FloatingPointError(f"{name.replace('_', ' ')} is not finite")
+
+
+def descend(optimizer, loss, parts, max_norm, name):
+    """A step down the gradient summed over processes, its norm clipped in each of the parts; 0 = not clipped.
+
+    Raises FloatingPointError, before the step, where the loss or the gradient is not finite.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p))
+    norms = [nn.utils.clip_grad_norm_(part.parameters(), max_norm or math.inf) for part in parts]
+    check_finite(**{f"{name}_loss": loss.detach(), f"{name}_gradient_norm": torch.stack(norms)})
+    optimizer.step()
+
+
+# ---------- 4. Networks ----------
+
+
+class RunningNorm(nn.Module):
+    """Standardises by the mean and deviation of all rows so far (Welford's merge); before the first, does nothing."""
+
+    def __init__(self, size, min_std=1e-4):
+        super().__init__()
+        self.min_std = min_std
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("std", torch.ones(size))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, rows, alive):
+        """rows (B, size), of which those count where alive (B,)."""
+        count = all_sum(alive.sum())
+        share = (alive / count.clamp(min=1)).unsqueeze(-1)
+        mean = all_sum((rows * share).sum(0))
+        var = all_sum(((rows - mean).square() * share).sum(0))
+        self.count += count
+        weight = (count / self.count.clamp(min=1)).float()  # of the new rows
+        delta = mean - self.mean
+        self.var += weight * (var - self.var + delta.square() * (1 - weight))
+        self.mean += weight * delta
+        self.std.copy_(self.var.sqrt().clamp(min=self.min_std))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+def mlp(sizes, activation):
+    """Linear layers of the given sizes, each but the last followed by the activation."""
+    layers = []
+    for n_in, n_out in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(n_in, n_out), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def normc_(layer, gain):
+    """The authors' initialisation: rows of norm `gain` in random directions, no bias."""
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.weight *= gain / layer.weight.norm(dim=1, keepdim=True)
+        layer.bias.zero_()
+
+
+class Agent(nn.Module):
+    """Encoder-p, and actor and critic on its belief, with the normalised observation where the preset says so.
+
+    Without encoder-p (--no-belief, --oracle-context) they see the observation in any case.
+    """
+
+    def __init__(self, args, obs_dim, action_space, belief_sizes):
+        super().__init__()
+        self.belief_sizes = list(belief_sizes)
+        self.obs_norm, self.return_norm, self.first_norm = RunningNorm(obs_dim), RunningNorm(1), RunningNorm(obs_dim)
+        blank = args.no_belief or args.oracle_context
+        self.encoder = None if blank else BeliefEncoder(args, obs_dim, action_space, args.policy_latent_dim)
+        self.sees_state = args.policy_state or blank
+        self.discrete = hasattr(action_space, "n")
+        n_out = int(action_space.n) if self.discrete else action_space.shape[0]
+        sizes = [sum(belief_sizes) + obs_dim * self.sees_state, *args.policy_layers]
+        self.actor, self.critic = mlp([*sizes, n_out], nn.Tanh), mlp([*sizes, 1], nn.Tanh)
+        for net in (self.actor, self.critic):
+            for layer in net[:-1:2]:
+                normc_(layer, 1.0)
+        if self.discrete:
+            nn.init.orthogonal_(self.actor[-1].weight, 0.01)
+            nn.init.zeros_(self.actor[-1].bias)
+        else:
+            normc_(self.actor[-1], 1.0)
+            # The logarithm of the deviation stays softly between its bounds: low + (high - low) * sigmoid(raw_std)
+            self.log_std_low, self.log_std_high = math.log(args.std_min), math.log(args.std_max)
+            share = (math.log(args.std_init) - self.log_std_low) / (self.log_std_high - self.log_std_low)
+            self.raw_std = nn.Parameter(torch.full((n_out,), math.log(share / (1 - share))))
+
+    def beliefs(self, data):
+        """Encoder-p on whole meta-episodes, with gradients: obs, acted_on (T, B, S), actions, rewards -> (T + 1, B, .).
+
+        Without encoder-p, the beliefs that the rollout had.
+        """
+        if not self.encoder:
+            return data["beliefs"]
+        p = self.encoder
+        rewards = p.reward_norm(data["rewards"].unsqueeze(-1))
+        return p.belief(p.encoder(p.action_input(data["actions"]), p.obs_norm(data["acted_on"]), rewards))
+
+    def embed(self, obs, belief):
+        return torch.cat([belief, self.obs_norm(obs)], -1) if self.sees_state else belief
+
+    def std(self):
+        return (self.log_std_low + (self.log_std_high - self.log_std_low) * self.raw_std.sigmoid()).exp()
+
+    def act(self, obs, belief, deterministic=False):
+        """obs (N, S), belief (N, .) -> actions: int64 (N,) or float32 (N, A). Samples without a wait for the device."""
+        out = self.actor(self.embed(obs, belief))
+        if self.discrete:
+            scores = out if deterministic else out.softmax(-1) / torch.empty_like(out).exponential_()
+            return scores.argmax(-1)  # the first of exponential clocks with rates p rings in proportion to p
+        return out if deterministic else out + self.std() * torch.randn_like(out)
+
+    def value(self, obs, belief):
+        return self.critic(self.embed(obs, belief)).squeeze(-1)
+
+    def forward(self, obs, belief, action):
+        """Log-probability and entropy of the action's distribution, and the value: each of the batch's shape."""
+        x = self.embed(obs, belief)
+        out, value = self.actor(x), self.critic(x).squeeze(-1)
+        if self.discrete:
+            logprobs = out.log_softmax(-1)
+            return logprobs.gather(-1, action[..., None])[..., 0], -(logprobs.exp() * logprobs).sum(-1), value
+        dist = Normal(out, self.std(), validate_args=False)
+        return dist.log_prob(action).sum(-1), dist.entropy().sum(-1), value
+
+
+class Encoder(nn.Module):
+    """Embeddings and GRU: the history of (a, s', r) -> hidden (D); the posterior's heads stand in BeliefModel."""
+
+    def __init__(self, args, obs_dim, action_dim):
+        super().__init__()
+        self.embeds = nn.ModuleDict(
+            dict(state=nn.Linear(obs_dim, args.state_embed), reward=nn.Linear(1, args.reward_embed))
+        )
+        if args.action_embed:
+            self.embeds["action"] = nn.Linear(action_dim, args.action_embed)
+        self.gru = GRU(args.action_embed + args.state_embed + args.reward_embed, args.hidden_dim)
+        for name, parameter in self.gru.named_parameters():
+            nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter)
+
+    def embed(self, action, next_obs, reward):
+        inputs = dict(action=action, state=next_obs, reward=reward)
+        return torch.cat([embed(inputs[name]) for name, embed in self.embeds.items()], -1).relu()
+
+    def step(self, action, next_obs, reward, hidden):
+        """One transition: action (N, A), next_obs (N, S), reward (N, 1), hidden (N, D) -> hidden (N, D)."""
+        weights = self.gru.weight_ih_l0, self.gru.weight_hh_l0, self.gru.bias_ih_l0, self.gru.bias_hh_l0
+        return torch.gru_cell(self.embed(action, next_obs, reward), hidden, *weights)
+
+    def forward(self, action, next_obs, reward, tbptt=0):
+        """Whole meta-episodes from hidden 0: (T, B, .) each -> hiddens (T + 1, B, D), the first of them the zero state.
+
+        With tbptt = w, gradients stop every w steps: a pass without gradients finds the hidden state at the start of
+        each window; then all windows run side by side as one batch.
+        """
+        x = self.embed(action, next_obs, reward)
+        T, B, E = x.shape
+        start = x.new_zeros(1, B, self.gru.hidden_size)
+        if tbptt and tbptt < T:
+            with torch.no_grad():
+                before = torch.cat([start, self.gru(x[:-tbptt], start)[0][tbptt - 1 :: tbptt]])  # (T / w, B, D)
+            windows = x.view(-1, tbptt, B, E).transpose(0, 1).reshape(tbptt, -1, E)  # (w, T / w * B, E)
+            out = self.gru(windows, before.reshape(1, -1, self.gru.hidden_size))[0]
+            out = out.view(tbptt, -1, B, self.gru.hidden_size).transpose(0, 1).reshape(T, B, -1)
+        else:
+            out = self.gru(x, start)[0]
+        return torch.cat([start, out])
+
+
+class Decoder(nn.Module):
+    """MLP on [m, x] for every pair of posterior and transition, x the transition's embedding.
+
+    Its first layer is W_m m + W_x x: two small products and one broadcast sum in place of a row for each pair. Dropout
+    hides x, never m: the decoder has to read the task from m. The mask of an x is the same for all m unless decode=all.
+    """
+
+    def __init__(self, args, obs_dim, action_dim, out_dim, inputs):
+        super().__init__()
+        self.embed_state = nn.Linear(obs_dim, args.state_embed)
+        with_action = args.action_embed and "action" in inputs
+        self.embed_action = nn.Linear(action_dim, args.action_embed) if with_action else None
+        self.inputs, self.dropout, self.decode = inputs, args.decoder_dropout, args.decode
+        size = args.state_embed * (len(inputs) - ("action" in inputs)) + args.action_embed * ("action" in inputs)
+        self.net = mlp([args.latent_dim + size, *args.decoder_layers, out_dim], nn.ReLU)
+
+    def forward(self, m, obs, action, next_obs):
+        """m (E, B, Z), obs, action, next_obs (D, B, .) -> (E, D, B, out)."""
+        x = [self.embed_state(s) for s, name in ((obs, "obs"), (next_obs, "next_obs")) if name in self.inputs]
+        if self.embed_action:
+            x += [self.embed_action(action)]
+        x = torch.cat(x, -1).relu()
+        if self.decode == "all" and self.training:
+            x = x.expand(len(m), *x.shape)  # a mask of its own for each pair
+        x = F.dropout(x, self.dropout, self.training)
+        first, Z = self.net[0], m.shape[-1]
+        hidden = F.linear(m, first.weight[:, :Z])[:, None] + F.linear(x, first.weight[:, Z:], first.bias)
+        for layer in [*self.net][1:]:  # a slice of the Sequential would be made anew, once in every step of a rollout
+            hidden = layer(hidden)
+        return hidden
+
+
+class MultiHeadDecoder(nn.Module):
+    """Grid worlds: the logits, one a cell, of p(r = 1 | m, s') for every cell s'."""
+
+    def __init__(self, args, num_cells):
+        super().__init__()
+        self.net = mlp([args.latent_dim, *args.decoder_layers, num_cells], nn.ReLU)
+
+    def forward(self, m):
+        """m (E, B, Z) -> (E, B, cells)."""
+        return self.net(m)
+
+
+# ---------- 5. Belief model: what this paper changes ----------
+
+
+class BeliefEncoder(nn.Module):
+    """Encoder and the posterior's heads: encoder-p of the policy, encoder-v of the latent dynamics network."""
+
+    def __init__(self, args, obs_dim, action_space, latent_dim):
+        super().__init__()
+        self.discrete = hasattr(action_space, "n")
+        self.num_actions = int(action_space.n) if self.discrete else action_space.shape[0]
+        self.encoder = Encoder(args, obs_dim, self.num_actions)
+        self.heads = nn.Linear(args.hidden_dim, 2 * latent_dim)  # mean and log-variance
+        self.obs_norm, self.reward_norm = RunningNorm(obs_dim, min_std=0.02), RunningNorm(1, min_std=0.02)
+        if not self.discrete and np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all():
+            self.register_buffer("low", torch.as_tensor(action_space.low))
+            self.register_buffer("high", torch.as_tensor(action_space.high))
+
+    def action_input(self, action):
+        """What the environment made of the policy's action: one-hot if discrete, clipped to its box else."""
+        if self.discrete:
+            return F.one_hot(action, self.num_actions).float()
+        return torch.maximum(torch.minimum(action, self.high), self.low) if hasattr(self, "low") else action
+
+    def step(self, action, next_obs, reward, hidden):
+        """The encoder's step on a raw transition: action (N, .), next_obs (N, S), reward (N,) -> hidden (N, D)."""
+        reward = self.reward_norm(reward.unsqueeze(-1))
+        return self.encoder.step(self.action_input(action), self.obs_norm(next_obs), reward, hidden)
+
+    def posterior(self, hidden):
+        """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
+        return self.heads(hidden).chunk(2, -1)
+
+    def belief(self, hidden, deterministic=False):
+        """What the policy sees of encoder-p: mean and log-variance (N, 2 Z)."""
+        return self.heads(hidden)
+
+
+class BeliefModel(BeliefEncoder):
+    """The latent dynamics network: encoder-v, the posterior's heads and the decoders. It takes no part in acting."""
+
+    def __init__(self, args, envs):
+        S, space = envs.single_observation_space.shape[0], envs.single_action_space
+        super().__init__(args, S, space, args.latent_dim)
+        A = self.num_actions
+        self.cell = getattr(envs, "cell", None)
+        if args.reward_decoder in ("bernoulli", "multihead") and self.cell is None:
+            raise BadInput(
+                f"--reward-decoder {args.reward_decoder} needs a grid, and {args.env_id} is none: choose mlp"
+            )
+        if args.reward_decoder == "multihead":
+            self.reward_decoder = MultiHeadDecoder(args, envs.num_cells)
+        else:
+            inputs = ("obs", "action", "next_obs") if args.reward_decoder == "mlp" else ("next_obs",)
+            self.reward_decoder = Decoder(args, S, A, 1, inputs)
+        if args.reward_decoder == "bernoulli":
+            self.register_buffer("cells", envs.cells, persistent=False)
+        self.state_decoder = Decoder(args, S, A, S, ("obs", "action")) if args.state_coef else None
+
+    def parts(self):
+        """The modules whose gradients are clipped one by one."""
+        encoder = nn.ModuleList([self.encoder, self.heads])
+        return [encoder, self.reward_decoder] + ([self.state_decoder] if self.state_decoder else [])
+
+    def cell_logits(self, m, which=None):
+        """Grids: the logit of p(r = 1 | m, s') for all cells s', or `which` (B, C): m (E, B, Z) -> (E, B, C)."""
+        if isinstance(self.reward_decoder, MultiHeadDecoder):
+            return self.reward_decoder(m)
+        cells = self.cells.expand(m.shape[1], -1, -1) if which is None else self.cells[which]  # (B, C, S)
+        cells = self.obs_norm(cells).transpose(0, 1)  # dropout's masks differ between tasks
+        return self.reward_decoder(m, None, None, cells).squeeze(-1).transpose(1, 2)
+
+
+def draw_mixture(args, num_envs, device):
+    """Roles and weights (1) of a meta-episode: the normal workers (n,), who imagines (N,), alpha (N, N, 1 or Z).
+
+    A mixture worker's row of alpha adds up to 1 over the normal workers, the rest is 0. With beta = 1 it is uniform
+    over all convex combinations. Each process mixes its own workers.
+    """
+    count = share(args.num_mixture_workers)
+    mixture, normal = torch.randperm(num_envs, device=device).split([count, num_envs - count])
+    draws = torch.empty(count, len(normal), args.latent_dim if args.mix_dimensions else 1, device=device).exponential_()
+    dirichlet = draws / draws.sum(1, keepdim=True)
+    alpha = torch.zeros(num_envs, num_envs, draws.shape[2], device=device)
+    alpha[mixture[:, None], normal] = args.beta * dirichlet - (args.beta - 1) / len(normal)
+    imagining = torch.zeros(num_envs, device=device, dtype=torch.bool).index_fill_(0, mixture, True)
+    return normal, imagining, alpha
+
+
+def mix(alpha, m):
+    """(1) m^ of every worker: alpha (N, N, 1 or Z), m (N, Z) -> (N, Z)."""
+    return (alpha * m).sum(1) if alpha.shape[2] > 1 else alpha[..., 0] @ m
+
+
+def imagine(model, m, obs, action, next_obs, args):
+    """r^, the reward that the decoder expects under m^ (N, Z): obs, next_obs (N, S), action (N, .) -> (N,).
+
+    In training, dropout is on here as well: the imaginary rewards are noisy, as the authors' are.
+    """
+    if args.reward_decoder == "multihead":
+        out = model.cell_logits(m[None])[0].gather(-1, model.cell(next_obs)[:, None]).squeeze(-1)
+    else:
+        x = (
+            (model.obs_norm(obs)[None], model.action_input(action)[None])
+            if args.reward_decoder == "mlp"
+            else (None, None)
+        )
+        out = model.reward_decoder(m[None], *x, model.obs_norm(next_obs)[None])[0, 0, :, 0]
+    return out if args.reward_decoder.startswith("mlp") else 1.1 * out.sigmoid() - 0.1  # of a grid's 1 and -0.1
+
+
+def probe_imagination(model, m, test_envs):
+    """Grids: the tasks that mixtures m (K, Z) stand for, without dropout. Training learns nothing of the test goals.
+
+    Returns a dict: the share whose best cell is a test goal, and the largest rewards, of all cells and of test goals.
+    """
+    goals = test_envs.cell(test_envs.task_table.to(m.device))
+    model.eval()
+    with torch.no_grad():
+        rewards = 1.1 * model.cell_logits(m[None])[0].sigmoid() - 0.1  # (K, cells)
+    model.train()
+    values = dict(
+        best_cell_is_a_test_goal=torch.isin(rewards.argmax(1), goals).float(),
+        largest_reward=rewards.amax(1),
+        largest_reward_of_a_test_goal=rewards[:, goals].amax(1),
+    )
+    return {f"imagination/{name}": value.mean().item() for name, value in values.items()}
+
+
+def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
+    """KL(N(mean, exp(logvar)) || N(prior_mean, exp(prior_logvar))), summed over the last dimension."""
+    ratio = (logvar - prior_logvar).exp() + (mean - prior_mean).square() * (-prior_logvar).exp()
+    return 0.5 * (prior_logvar - logvar + ratio - 1).sum(-1)
+
+
+def window(t, i, args):
+    """Whether the posterior after t transitions decodes transition i (from 0): broadcasts t with i."""
+    if args.decode_window == "all":
+        return (t >= 0) & (i >= 0)
+    future = i >= t
+    return future if args.decode_window == "future" else future & (i // args.horizon == t // args.horizon)
+
+
+def reconstruction(model, m, t, real, batch, args):
+    """-log p(r | m_t, s, a, s') and -log p(s' | m_t, s, a), up to constants, in the mean over the pairs of `window`.
+
+    m (E, B, Z): samples of the posteriors number t (E, B), of which those count that are `real` (E, B).
+    batch: raw transitions (T, B, .). Returns two scalars.
+    """
+    T, B = batch["rewards"].shape
+    device = m.device
+    state_loss = torch.zeros((), device=device)
+    by_cell = args.reward_decoder == "multihead" or (args.reward_decoder == "bernoulli" and args.decode == "cells")
+    if not by_cell or model.state_decoder:
+        if 0 < args.decode_terms < T:
+            i = torch.randint(T, (args.decode_terms, B), device=device)
+        else:
+            i = torch.arange(T, device=device)[:, None].expand(T, B)
+        columns = torch.arange(B, device=device)
+        obs, action, next_obs, reward, alive = (
+            batch[name][i, columns] for name in ("obs", "actions", "next_obs", "rewards", "alive")
+        )
+        x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
+        weight = (window(t[:, None], i, args) & alive & real[:, None]).float()  # (E, D, B)
+        weight = weight / all_sum(weight.sum()).clamp(min=1)
+    if args.reward_decoder == "multihead":
+        reward_loss = multihead_loss(model.cell_logits(m), t, real, batch, model.cell, args)
+    elif by_cell:
+        which, index = visited_cells(model.cell(batch["next_obs"]), len(model.cells))
+        reward_loss = multihead_loss(model.cell_logits(m, which), t, real, batch, lambda _: index, args)
+    else:
+        predicted = model.reward_decoder(m, *x).squeeze(-1)
+        if args.reward_decoder == "bernoulli":
+            error = F.softplus(predicted) - (reward == 1) * predicted
+        else:
+            error = (predicted - reward).square()
+        reward_loss = (error * weight).sum()
+    if model.state_decoder:  # predicts the change of state: ahead of s' itself from the first step
+        error = (model.state_decoder(m, *x) - (next_obs - obs)).square().mean(-1)
+        state_loss = (error * weight).sum()
+    return reward_loss, state_loss
+
+
+def visited_cells(cell, num_cells):
+    """The cells that each meta-episode visits, cell (T, B): which (B, C), filled up with others, and the places of the
+    visited ones in it, (T, B). On a GPU, where counting them would wait for the device, C = num_cells.
+    """
+    visited = torch.zeros(cell.shape[1], num_cells, device=cell.device, dtype=torch.int64).scatter_(1, cell.T, 1)
+    count = visited.sum(1).max() if cell.device.type == "cpu" else num_cells
+    which = visited.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return which, (visited.cumsum(1) - 1).gather(1, cell.T).T
+
+
+def multihead_loss(logits, t, real, batch, cell, args):
+    """Binary cross-entropy of r = 1 in the cell of s', in the mean over the pairs of `window`.
+
+    The logit of a cell is the same for each visit, so it is enough to count the visits with and without reward:
+    logits (E, B, cells), t, real (E, B).
+    """
+    visits = F.one_hot(cell(batch["next_obs"]), logits.shape[-1])  # (T, B, cells)
+    visits = (visits * batch["alive"].unsqueeze(-1)).float()
+    hits = visits * (batch["rewards"] == 1).unsqueeze(-1)
+    if args.decode_window == "all":
+        visits, hits = visits.sum(0), hits.sum(0)  # (B, cells): the same for all posteriors
+    else:
+        if args.decode_window == "episode":
+            visits, hits = (x.view(-1, args.horizon, *x.shape[1:]) for x in (visits, hits))
+        else:
+            visits, hits = visits[None], hits[None]
+        columns = torch.arange(t.shape[1], device=logits.device)
+        visits, hits = (  # of transitions t, t + 1, ... : (T + 1, B, cells), then those of the drawn t
+            F.pad(x.flip(1).cumsum(1).flip(1).flatten(0, 1), (0, 0, 0, 0, 0, 1))[t, columns] for x in (visits, hits)
+        )
+    visits, hits = visits * real.unsqueeze(-1), hits * real.unsqueeze(-1)
+    loss = visits * F.softplus(logits) - hits * logits  # = hits * softplus(-x) + (visits - hits) * softplus(x)
+    return loss.sum() / all_sum(visits.sum()).clamp(min=1)
+
+
+def elbo(model, batch, args):
+    """The negative ELBO, its terms means over the batch, the posteriors t = 0..T and the transitions each decodes.
+
+    batch: obs, next_obs (T, B, S), actions (T, B, .), rewards, alive (T, B). Returns the loss and a dict of its terms.
+    """
+    rewards = model.reward_norm(batch["rewards"].unsqueeze(-1))
+    hidden = model.encoder(model.action_input(batch["actions"]), model.obs_norm(batch["next_obs"]), rewards, args.tbptt)
+    mean, logvar = model.posterior(hidden)  # (T + 1, B, Z)
+    if args.kl_to_prior:
+        kl = kl_gaussians(mean, logvar, torch.zeros_like(mean), torch.zeros_like(logvar))
+    else:  # each posterior is the next one's prior; the first one's is N(0, I)
+        before = [torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (mean, logvar)]
+        kl = kl_gaussians(mean, logvar, *before)
+    t, (mean, logvar, kl, real) = draw_posteriors(args, mean, logvar, kl, real_posteriors(batch["alive"]))
+    m = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    reward_loss, state_loss = reconstruction(model, m, t, real, batch, args)
+    kl = average(kl, real)
+    loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl
+    return loss, dict(loss=loss, reward=reward_loss, state=state_loss, kl=kl)
+
+
+def real_posteriors(alive):
+    """Which posteriors t = 0..T end with a real transition, not with one of an idle environment: (T + 1, B)."""
+    return torch.cat([torch.ones_like(alive[:1]), alive])
+
+
+def average(x, real):
+    """The mean of x (E, B) where real."""
+    return (x * real).sum() / all_sum(real.sum()).clamp(min=1)
+
+
+def draw_posteriors(args, *tensors):
+    """args.elbo_terms posteriors of each meta-episode, uniformly with replacement, or all.
+
+    tensors: (T + 1, B, ...). Returns their numbers t (E, B) and the tensors at these.
+    """
+    T1, B = tensors[0].shape[:2]
+    device = tensors[0].device
+    if not 0 < args.elbo_terms < T1:
+        return torch.arange(T1, device=device)[:, None].expand(T1, B), tensors
+    t = torch.randint(T1, (args.elbo_terms, B), device=device)
+    return t, [x[t, torch.arange(B, device=device)] for x in tensors]
+
+
+def update_belief(model, optimizer, buffer, args):
+    """One gradient step on a batch of stored meta-episodes. Returns the loss's terms, detached."""
+    loss, terms = elbo(model, buffer.sample(share(args.belief_batch)), args)
+    descend(optimizer, loss, model.parts(), args.belief_max_grad_norm, "belief")
+    return {name: term.detach() for name, term in terms.items()}
+
+
+# ---------- 6. A2C, PPO ----------
+
+
+def gae(rewards, values, terminated, alive, args):
+    """Advantages and value targets of meta-episodes, 2 x (T, N); rewards, terminated, alive (T, N), values (T + 1, N).
+
+    The end of an episode, early or not, is not the end of the task: credit flows on to the next episode, past the idle
+    steps. `--time-limit` says how the end of the task counts; an early end of its last episode is always terminal.
+    """
+    T = len(rewards)
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    goes_on = alive[-1] & ~terminated[-1] & (args.time_limit != "terminal")
+    next_value = torch.where(goes_on, values[T], 0.0)
+    for t in reversed(range(T)):
+        step = rewards[t] + args.gamma * next_value - values[t] + args.gamma * args.gae_lambda * advantage
+        if args.time_limit == "episode" and (t + 1) % args.horizon == 0:
+            # The authors' "proper time limits": target = value; after an early end, terminal; no credit from beyond.
+            step, advantage, next_value = torch.zeros(3, *step.shape, device=step.device)
+        advantage = torch.where(alive[t], step, advantage)
+        next_value = torch.where(alive[t], values[t], next_value)
+        advantages[t] = advantage
+    return advantages, advantages + values[:-1]
+
+
+def normalise_rewards(rewards, alive, return_norm, args):
+    """rewards (T, N) / deviation of the discounted return (updated first), clipped at 10: the authors' VecNormalize."""
+    total, returns = torch.zeros_like(rewards[0]), torch.empty_like(rewards)
+    for t in range(len(rewards)):
+        returns[t] = total = args.gamma * total + rewards[t]
+    return_norm.update(returns.view(-1, 1), alive.flatten())
+    return (rewards / return_norm.std).clamp(-10, 10)
+
+
+def a2c_update(agent, optimizer, data, ent_coef, args):
+    """One gradient step of the actor-critic on an iteration's steps, end to end through encoder-p. Returns its terms.
+
+    data: obs, acted_on (T, N, S), actions (T, N, .), rewards, advantages, returns, alive (T, N).
+    """
+    alive = data["alive"].float()
+    weight = alive / all_sum(alive.sum()).clamp(min=1)
+    logprob, entropy, value = agent(data["obs"], agent.beliefs(data)[:-1], data["actions"])
+    pg_loss = -(logprob * data["advantages"] * weight).sum()
+    v_loss = ((value - data["returns"]).square() * weight).sum()
+    entropy = (entropy * weight).sum()
+    loss = pg_loss + args.vf_coef * v_loss - ent_coef * entropy
+    descend(optimizer, loss, [agent], args.max_grad_norm, "policy")
+    return dict(policy=pg_loss.detach(), value=v_loss.detach(), entropy=entropy.detach())
+
+
+def ppo_update(agent, optimizer, data, ent_coef, args):
+    """Epochs of minibatches of PPO's clipped objective on an iteration's meta-episodes. Returns a dict of mean terms.
+
+    data: obs, acted_on (T, N, S), beliefs (T + 1, N, .), actions (T, N, .), rewards, logprobs, values, advantages,
+    returns, alive (T, N). A minibatch holds all steps of some environments: encoder-p reads them anew each time.
+    """
+    names = "obs acted_on actions rewards beliefs logprobs advantages returns alive values".split()
+    b = {name: data[name] for name in names}
+    alive = b["alive"].float()
+    count = all_sum(alive.sum())
+    mean = all_sum((b["advantages"] * alive).sum()) / count
+    std = all_sum(((b["advantages"] - mean).square() * alive).sum()).div(count).sqrt()
+    b["advantages"] = (b["advantages"] - mean) / (std + 1e-5)
+    b["values"] = b["values"][:-1]
+    size = alive.shape[1] // args.num_minibatches
+    log = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(alive.shape[1], device=alive.device)
+        shuffled = {name: x[:, order].split(size, 1) for name, x in b.items()}
+        for i in range(args.num_minibatches):
+            mb = {name: parts[i] for name, parts in shuffled.items()}
+            weight = mb["alive"].float() / all_sum(mb["alive"].float().sum()).clamp(min=1)
+            logprob, entropy, value = agent(mb["obs"], agent.beliefs(mb)[:-1], mb["actions"])
+            logratio = logprob - mb["logprobs"]
+            ratio = logratio.exp()
+            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            pg_loss = -(torch.minimum(ratio * mb["advantages"], clipped * mb["advantages"]) * weight).sum()
+            if args.value_loss == "huber":
+                near = mb["values"] + (value - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
+                errors = [F.smooth_l1_loss(v, mb["returns"], reduction="none") for v in (value, near)]
+                v_loss = 0.5 * (torch.maximum(*errors) * weight).sum()
+            else:
+                v_loss = 0.5 * ((value - mb["returns"]).square() * weight).sum()
+            entropy = (entropy * weight).sum()
+            loss = pg_loss + args.vf_coef * v_loss - ent_coef * entropy
+            descend(optimizer, loss, [agent], args.max_grad_norm, "policy")
+            with torch.no_grad():
+                approx_kl = ((ratio - 1 - logratio) * weight).sum()
+                clipfrac = (((ratio - 1).abs() > args.clip_coef) * weight).sum()
+                log.append(torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac]))
+    return dict(zip(("policy", "value", "entropy", "approx_kl", "clipfrac"), torch.stack(log).mean(0)))
+
+
+# ---------- 7. Buffer ----------
+
+
+class Buffer:
+    """Ring of the last meta-episodes, preallocated on the device: one tensor (size, T, ...) for each entry."""
+
+    NAMES = ("obs", "next_obs", "actions", "rewards", "alive")
+
+    def __init__(self, size):
+        self.size, self.next, self.full, self.store = size, 0, 0, {}
+
+    def add(self, data):
+        """data: (T, N, ...) for each of NAMES."""
+        n = data["rewards"].shape[1]
+        if not self.store:
+            self.store = {k: data[k].new_empty(self.size, len(data[k]), *data[k].shape[2:]) for k in self.NAMES}
+        slots = torch.arange(self.next, self.next + n, device=data["rewards"].device) % self.size
+        for name, tensor in self.store.items():
+            tensor[slots] = data[name].transpose(0, 1)
+        self.next, self.full = (self.next + n) % self.size, min(self.full + n, self.size)
+
+    def sample(self, batch):
+        """`batch` meta-episodes, uniformly with replacement: a dict of (T, B, ...)."""
+        rows = torch.randint(self.full, (batch,), device=self.store["rewards"].device)
+        return {name: tensor[rows].transpose(0, 1) for name, tensor in self.store.items()}
+
+    def state_dict(self):
+        return dict(next=self.next, full=self.full, store={k: v[: self.full].clone() for k, v in self.store.items()})
+
+    def load_state_dict(self, state):
+        self.next, self.full = state["next"], state["full"]
+        self.store = {k: v.new_empty(self.size, *v.shape[1:]) for k, v in state["store"].items()}
+        for name, tensor in state["store"].items():
+            self.store[name][: self.full] = tensor
+
+
+# ---------- 8. Rollout ----------
+
+
+def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=False, mixture=None):
+    """One meta-episode in every environment, from a reset and the prior belief; blind: with zeros in its place.
+
+    mixture: roles and weights, of `draw_mixture`. The mixture workers' rewards are imaginary then, for both encoders
+    and all that learns from them; the environments' own stay in true_rewards.
+    Returns a dict: obs, next_obs, acted_on (T, N, S), actions (T, N, .), rewards, true_rewards, terminated, alive,
+    success (T, N), beliefs (T + 1, N, .), task (N, G), normal (n,), env_seconds, the time spent in `envs.step`, and
+    mixed (N, Z), the last m^.
+    acted_on: the state after the transition as the policy sees it, after an episode's end the next one's first state.
+    """
+    T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
+    device, A = envs.device, () if agent.discrete else envs.single_action_space.shape
+    data = dict(  # made outside inference mode, so that the updates may use them
+        obs=torch.empty(T, N, S, device=device),
+        next_obs=torch.empty(T, N, S, device=device),
+        actions=torch.empty(T, N, *A, device=device, dtype=torch.int64 if agent.discrete else torch.float32),
+        rewards=torch.empty(T, N, device=device),
+        true_rewards=torch.empty(T, N, device=device),
+        terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
+        alive=torch.ones(T, N, device=device, dtype=torch.bool),
+        success=torch.zeros(T, N, device=device, dtype=torch.bool),
+        beliefs=torch.zeros(T + 1, N, sum(agent.belief_sizes), device=device),
+    )
+    normal, imagining, alpha = mixture or (torch.arange(N, device=device), None, None)
+    env_seconds = 0.0
+    with torch.inference_mode():
+        obs, info = envs.reset(tasks)
+        data["first_obs"] = obs.clone()
+        shift = torch.zeros_like(obs)
+        if args.obs_shift and agent.training and not args.oracle_context:  # the oracle knows where the goal stands
+            spread = agent.first_norm.var.sqrt() * (agent.first_norm.count > 0)
+            shift = args.obs_shift * spread * torch.randn_like(obs)
+        data["task"] = info["task"].clone()
+        hidden = torch.zeros(N, args.hidden_dim, device=device)  # of encoder-p
+        hidden_v = torch.zeros(N, args.hidden_dim, device=device)  # of encoder-v
+        for t in range(T + 1):
+            if args.oracle_context:
+                belief = data["task"]
+            elif blind:
+                belief = data["beliefs"][0]  # zeros
+            else:
+                belief = agent.encoder.belief(hidden)
+            data["beliefs"][t] = belief
+            if t == T:
+                break
+            data["obs"][t] = obs = obs + shift
+            action = agent.act(obs, belief, deterministic)
+            start = time.perf_counter()
+            obs, reward, terminated, _, info = envs.step(action)
+            env_seconds += time.perf_counter() - start
+            next_obs = info["final_obs"] + shift
+            data["next_obs"][t], data["actions"][t], data["true_rewards"][t] = next_obs, action, reward
+            data["terminated"][t] = terminated
+            for name in ("alive", "success"):
+                if name in info:
+                    data[name][t] = info[name]
+            if mixture:  # m is that of the posterior before this transition
+                mean, logvar = model.posterior(hidden_v)
+                m = mix(alpha, mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+                imaginary = imagine(model, m, data["obs"][t], action, next_obs, args)
+                reward = torch.where(imagining & data["alive"][t], imaginary, reward)
+                hidden_v = model.step(action, next_obs, reward, hidden_v)
+                data["mixed"] = m
+            data["rewards"][t] = reward
+            if agent.encoder:
+                acted_on = obs + shift if t + 1 < T else next_obs
+                hidden = agent.encoder.step(action, acted_on, reward, hidden)
+    data["acted_on"] = torch.cat([data["obs"][1:], data["next_obs"][-1:]])
+    return data | dict(normal=normal, env_seconds=env_seconds)
+
+
+# ---------- 9. Evaluation ----------
+
+
+def evaluate(eval_envs, agent, model, args, blind=False):
+    """Every evaluation task of every split once, over its K episodes, with random numbers of its own.
+
+    eval_envs: split -> environments. Returns scalars by key, and per task what each episode returned and whether it
+    succeeded (at any of its steps), and the last belief: {split: {task: {"return", "success", "belief"}}}.
+    """
+    scalars, details = {}, {}
+    devices = [torch.cuda.current_device()] if args.cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(args.seed)
+        agent.eval(), model.eval()
+        for split, envs in eval_envs.items():
+            names = eval_names(envs, args)
+            details[split] = {}
+            for first in range(0, len(names), envs.num_envs):
+                chunk = names[first : first + envs.num_envs]
+                padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
+                data = rollout(envs, agent, model, args, blind, padded, deterministic=not args.eval_sample)
+                episodes = (envs.episodes_per_task, envs.horizon, envs.num_envs)
+                returns = data["rewards"].view(episodes).sum(1).T.tolist()
+                success = data["success"].view(episodes).any(1).float().T.tolist()
+                beliefs = data["beliefs"][-1].tolist()
+                for name, r, s, b in zip(chunk, returns, success, beliefs):
+                    details[split][name] = {"return": r, "success": s, "belief": b}
+            for key, word in (("return", "return"), ("success", "success_rate")):
+                rows = np.array([detail[key] for detail in details[split].values()])  # (tasks, K)
+                for k in range(rows.shape[1]):
+                    scalars[f"eval/{split}/{word}_episode_{k + 1}"] = float(rows[:, k].mean())
+                scalars[f"eval/{split}/{word}"] = float(rows[:, -1].mean())  # of the last episode
+                families = np.array([name.split("/")[0] for name in details[split]])
+                if len(set(families)) > 1:
+                    for family in dict.fromkeys(families):
+                        scalars[f"eval/{split}/{word}/{family}"] = float(rows[families == family, -1].mean())
+        agent.train(), model.train()
+    return scalars, details
+
+
+def eval_names(envs, args):
+    """The evaluation tasks of a split: the first `--eval-tasks` of each family, 0 = all."""
+    by_family = {}
+    for name in envs.tasks:
+        by_family.setdefault(name.split("/")[0], []).append(name)
+    return [name for names in by_family.values() for name in names[: args.eval_tasks or None]]
+
+
+def make_eval_envs(args, device, splits=SPLITS):
+    """Evaluation environments by split, the last one first; no train split where test holds the same tasks."""
+    made = {}
+    for split in reversed(splits):
+        if split == "train" and getattr(made["test"], "same_splits", False):
+            break
+        envs = make_args_envs(args, args.num_envs, split, device)
+        count = len(eval_names(envs, args))
+        size = math.ceil(count / math.ceil(count / args.num_envs))  # rounds of equal size
+        if size != args.num_envs:
+            envs.close()
+            envs = make_args_envs(args, size, split, device)
+        made[split] = envs
+    return made
+
+
+def make_args_envs(args, num_envs, split, device):
+    sizes = dict(horizon=args.horizon or None, episodes_per_task=args.episodes_per_task or None)
+    rules = dict(reward_version=args.reward_version, split_rule=args.split_rule)
+    return make_envs(args.env_id, num_envs, split, args.seed, device, **rules, **sizes)
+
+
+def draw_pictures(folder, eval_envs, details, agent, model, args):
+    """Grid worlds: where the decoder thinks the goal is, step by step, with the agent's path, for three goals."""
+    envs = eval_envs["test"]
+    if args.reward_decoder.startswith("mlp") or not imagines(args):
+        return
+    names = [envs.tasks[i * len(envs.tasks) // envs.num_envs] for i in range(envs.num_envs)]
+    agent.eval(), model.eval()
+    data = rollout(envs, agent, model, args, False, names, deterministic=True)
+    with torch.no_grad():
+        rewards = model.reward_norm(data["rewards"].unsqueeze(-1))
+        hidden = model.encoder(model.action_input(data["actions"]), model.obs_norm(data["next_obs"]), rewards)
+        mean, logvar = model.posterior(hidden)  # (T + 1, N, Z)
+        samples = (mean + (0.5 * logvar).exp() * torch.randn_like(mean) for _ in range(30))
+        maps = sum(model.cell_logits(m).sigmoid() for m in samples) / 30  # p(r = 1) in each cell (T + 1, N, cells)
+    agent.train(), model.train()
+    for n in range(0, len(names), math.ceil(len(names) / 3)):
+        column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
+        file = Path(folder) / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
+        draw_grid_belief(file, names[n], column, data["task"][n].cpu().numpy(), maps[:, n].cpu().numpy(), args.horizon)
+
+
+def capture_video(folder, envs, agent, model, args, blind=False):
+    """Films the first evaluation task of each family, most likely actions, all K episodes: video_<family>.gif.
+
+    Raises BadInput on machines where nothing can draw.
+    """
+    families = dict.fromkeys(name.split("/")[0] for name in envs.tasks)
+    names = [next(name for name in envs.tasks if name.split("/")[0] == family) for family in families]
+    agent.eval(), model.eval()
+    for first in range(0, len(names), envs.num_envs):
+        chunk = names[first : first + envs.num_envs]
+        padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
+        data = rollout(envs, agent, model, args, blind, padded, deterministic=True)
+        for row, name in enumerate(chunk):
+            file = Path(folder) / f"video_{name.split('/')[0]}.gif"
+            replayed = envs.film(name, row, data["actions"][:, row].cpu().numpy(), file)
+            same = np.array_equal(replayed, data["rewards"][:, row].cpu().numpy())
+            print(file, "" if same else "(its rewards are not those of the evaluation)")
+
+
+# ---------- 10. Checkpoint and metrics ----------
+
+
+def save_checkpoint(path, state):
+    """Atomic: a reader finds the old file or the new one, whole; the one before it stays as <name>.previous.
+
+    Raises OSError where the disk is full, say; then both are as they were.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the file says
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
+    if path.exists():
+        link = path.with_name(path.name + ".link")
+        try:
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            os.replace(link, path.with_name(path.name + ".previous"))
+        except OSError:
+            pass  # a file system without links keeps the last one alone
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def on_disk(what, step):
+    """A disk that is full or gone says so, and training goes on: what was saved before stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"{what} not saved at step {step}: {error}")
+
+
+def missing_space(folder, size):
+    """Bytes that lack for three checkpoints of `size` bytes: the last, the one before, the next one. At least 0."""
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("checkpoint.pt*"))
+    return max(0, 3 * size - free)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The state saved at `path`. Raises BadInput where there is none, or not one of this script."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise BadInput(f"no checkpoint at {path}") from None
+    except Exception as error:  # whatever a truncated or foreign file makes of the unpickler
+        raise BadInput(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        script = state.get("script") if isinstance(state, dict) else None
+        raise BadInput(f"{path} is a checkpoint of {script or 'another program'}, not of {SCRIPT}")
+    odd = set(state) ^ {"script", "args", "iteration", "global_step", "metrics_bytes", "processes", *PARTS}
+    if odd:
+        raise BadInput(f"{path} is not a whole checkpoint, or more than one: {', '.join(sorted(odd))}")
+    odd = set(state["args"]) ^ {field.name for field in fields(Args)}
+    if odd:
+        raise BadInput(f"{path} comes from another version of {SCRIPT}: arguments differ in {', '.join(sorted(odd))}")
+    return state
+
+
+def weights(module):
+    """Parameters and normalisers, one vector."""
+    return torch.cat([x.flatten().float() for x in module.state_dict().values()])
+
+
+def load_modules(path, state, modules):
+    """Loads each module's state. Raises BadInput for another architecture."""
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise BadInput(f"{path} does not fit these arguments: {name}: {detail}") from error
+
+
+class Metrics:
+    """metrics.csv (step, key, value), TensorBoard and, with --track, Weights & Biases: the same keys."""
+
+    def __init__(self, folder, args, offset, step):
+        if not (folder / "metrics.csv").exists():  # a run resumed in another folder
+            offset = 0
+        self.file = open(folder / "metrics.csv", "r+" if offset else "w", newline="")
+        offset = min(offset, os.fstat(self.file.fileno()).st_size)
+        self.file.truncate(offset)  # rows after the checkpoint come again: none is lost or doubled
+        self.file.seek(offset)
+        self.csv = csv.writer(self.file)
+        if not offset:
+            self.csv.writerow(("global_step", "key", "value"))
+        self.board = SummaryWriter(folder, purge_step=step + 1 if offset else None)
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project="meta-rl", name=folder.name, config=asdict(args), dir=folder)
+            self.wandb.define_metric("*", step_metric="global_step")
+
+    def write(self, scalars, step):
+        if self.wandb:
+            self.wandb.log({**scalars, "global_step": step})
+        for key, value in scalars.items():
+            self.csv.writerow((step, key, repr(float(value))))
+            self.board.add_scalar(key, value, step)
+        self.file.flush()
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+        with contextlib.suppress(OSError):  # a full disk: said before
+            self.board.close()
+            self.file.close()
+
+
+# ---------- 11. Main ----------
+
+
+def main(args):
+    torch.set_num_threads(1)  # these networks are small: more threads wait for each other and take the workers' cores
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun --nproc-per-node
+        backend = "nccl" if args.cuda and torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first one evaluates
+    check_args(args)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    if args.cuda:
+        torch.cuda.set_device(device)
+    state = load_checkpoint(args.resume or args.evaluate, device) if args.resume or args.evaluate else None
+    name = f"{args.env_id.replace(':', '.')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.run_dir or f"runs/{name}")
+    envs = make_args_envs(args, args.num_envs // ranks(), "train", device)
+    eval_envs = {}
+    try:
+        for name in ("horizon", "episodes_per_task"):
+            if getattr(args, name) not in (0, getattr(envs, name)):
+                raise BadInput(
+                    f"{flag(name)} {getattr(args, name)}: {args.env_id} has {getattr(envs, name)} of its own"
+                )
+            setattr(args, name, getattr(envs, name))
+        check_args(args)
+        if leads() and (args.evaluate or args.eval_interval >= 0):
+            eval_envs = make_eval_envs(args, device, getattr(envs, "splits", SPLITS))
+        if args.capture_video and not hasattr(eval_envs["test"], "film"):
+            raise BadInput(f"--capture-video: {args.env_id} has no camera (Meta-World's environments have one)")
+        train(args, envs, eval_envs, device, folder, state)
+    finally:
+        for made in (envs, *eval_envs.values()):
+            made.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(args, envs, eval_envs, device, folder, state):
+    torch.manual_seed(args.seed)
+    model = BeliefModel(args, envs).to(device)
+    sizes = [2 * args.policy_latent_dim]
+    if args.oracle_context:  # naming the tasks draws none
+        sizes = [envs.reset(tasks=[envs.tasks[0]] * envs.num_envs)[1]["task"].shape[1]]
+    agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, sizes).to(device)
+    if args.rl == "a2c":
+        optimizer, update = torch.optim.RMSprop(agent.parameters(), args.learning_rate, 0.99, 1e-5), a2c_update
+    else:
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
+        update = ppo_update
+    belief_optimizer = torch.optim.Adam(model.parameters(), lr=args.belief_learning_rate, fused=True)
+    buffer = Buffer(share(args.buffer_size))
+    parts = dict(zip(PARTS, (agent, model, optimizer, belief_optimizer)))
+    own = dict(buffer=buffer, envs=envs)  # of each process; the parts are the same in all of them
+    if dist.is_initialized():  # other tasks and other actions in each
+        envs.load_state_dict({"resets": dist.get_rank() << 32})
+        torch.manual_seed(torch.randint(2**32, (ranks(),))[dist.get_rank()].item())
+    if args.compile:
+        for module, names in ((agent, ("act", "forward")), (agent.encoder, ("step", "belief")), (model, ("step",))):
+            for name in names if module else ():
+                setattr(module, name, torch.compile(getattr(module, name)))
+
+    if args.evaluate:
+        load_modules(args.evaluate, state, dict(agent=agent, model=model))
+        scalars, details = evaluate(eval_envs, agent, model, args, args.no_belief)
+        for key, value in scalars.items():
+            print(f"{key:<48} {value:.4f}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_evaluation(folder, state["global_step"], scalars, details)
+        draw_pictures(folder, eval_envs, details, agent, model, args)
+        if args.capture_video:
+            capture_video(folder, eval_envs["test"], agent, model, args, args.no_belief)
+        return
+
+    iteration, global_step, offset = 0, 0, 0
+    if state:
+        for name in "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule".split():
+            if getattr(args, name) != state["args"][name]:
+                raise BadInput(
+                    f"{flag(name)} {getattr(args, name)}: {args.resume} was saved with {state['args'][name]}"
+                )
+        if len(state["processes"]) != ranks():
+            raise BadInput(f"{args.resume} was saved by {len(state['processes'])} processes, and here are {ranks()}")
+        mine = state["processes"][dist.get_rank() if dist.is_initialized() else 0]
+        if not {"rng", *own} <= mine.keys():
+            raise BadInput(
+                f"{args.resume} is not a whole checkpoint: a process lacks {', '.join({'rng', *own} - mine.keys())}"
+            )
+        load_modules(args.resume, state | mine, parts | own)
+        iteration, global_step, offset = state["iteration"], state["global_step"], state["metrics_bytes"]
+        torch.set_rng_state(mine["rng"].cpu())
+        if args.cuda and "cuda_rng" in mine:
+            torch.cuda.set_rng_state(mine["cuda_rng"].cpu())
+    state = mine = None
+    saved = folder / "checkpoint.pt"
+    if saved.exists() and not (args.resume and folder.samefile(Path(args.resume).parent)):
+        raise BadInput(f"{folder} holds a run already: --resume {saved}, or choose another --run-dir")
+    versions = {package: version(package) for package in ("torch", "mujoco", "metaworld", "gymnasium", "numpy")}
+    try:
+        if leads():
+            folder.mkdir(parents=True, exist_ok=True)
+            config = json.dumps(dict(script=SCRIPT, **asdict(args), versions=versions), indent=2)
+            (folder / "config.json").write_text(config)
+    except OSError as error:
+        raise BadInput(f"cannot write to the run's folder: {error}") from error
+    steps = args.num_envs * envs.meta_horizon
+    iterations = max(1, args.total_timesteps // steps)
+    learns_belief = imagines(args)
+    metrics = Metrics(folder, args, offset, global_step) if leads() else None
+
+    signals = []  # the first SIGINT or SIGTERM ends the run after this iteration, saved; the second one at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: os._exit(128 + n) if signals else signals.append(n))
+    progress = tqdm(
+        total=iterations * steps, initial=global_step, unit=" steps", unit_scale=True, mininterval=1,
+        disable=not leads(),
+    )  # fmt: skip
+    started, first_step, results, details, stop = time.time(), global_step, {}, None, False
+
+    try:
+        while iteration < iterations and not stop:
+            iteration += 1
+            left = 1 - (iteration - 1) / iterations
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
+            belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
+            ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
+            clock = [time.perf_counter()]
+
+            mixture = draw_mixture(args, envs.num_envs, device) if learns_belief else None
+            data = rollout(envs, agent, model, args, args.no_belief, mixture=mixture)
+            global_step += steps
+            check_finite(
+                observation=data["obs"],
+                next_observation=data["next_obs"],
+                reward=data["true_rewards"],
+                imaginary_reward=data["rewards"],
+            )
+            if global_step == first_step + steps:
+                rows = min(args.buffer_size, iterations * (args.num_envs - args.num_mixture_workers)) * learns_belief
+                size = rows * sum(data[name][:, 0].nbytes for name in buffer.NAMES)
+                missing = all_sum(torch.tensor(float(missing_space(folder, size) if leads() else 0), device=device))
+                if missing > 0:
+                    raise BadInput(
+                        f"{folder} lacks {missing.item() / 1e6:,.0f} MB for its checkpoints: free some, choose another "
+                        "--run-dir or a smaller --buffer-size"
+                    )
+            clock.append(time.perf_counter())
+
+            with torch.no_grad():
+                data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
+                last = agent.value(data["next_obs"][-1], data["beliefs"][-1])
+            data["values"] = torch.cat([values, last[None]])
+            rewards = data["rewards"]
+            if args.norm_reward:
+                normalise_rewards(data["true_rewards"], data["alive"], agent.return_norm, args)  # they alone move it
+                rewards = (rewards / agent.return_norm.std).clamp(-10, 10)
+            data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], data["alive"], args)
+            losses = {}
+            if global_step > max(steps, args.precollect):
+                losses = update(agent, optimizer, data, ent_coef, args)
+            # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
+            alive = data["alive"].flatten()
+            agent.obs_norm.update(data["obs"].flatten(0, 1), alive)
+            agent.first_norm.update(data["first_obs"], torch.ones_like(data["alive"][0]))
+            if args.standardise_inputs:
+                for encoder in (agent.encoder, model) if agent.encoder else ():
+                    encoder.obs_norm.update(data["next_obs"].flatten(0, 1), alive)
+                    encoder.reward_norm.update(data["true_rewards"].view(-1, 1), alive)
+            clock.append(time.perf_counter())
+
+            if learns_belief:
+                buffer.add({name: data[name][:, data["normal"]] for name in buffer.NAMES})  # nothing imagined
+                if global_step >= args.precollect:
+                    for _ in range(args.belief_updates):
+                        terms = update_belief(model, belief_optimizer, buffer, args)
+                        losses |= {f"belief_{key}": value for key, value in terms.items()}
+            clock.append(time.perf_counter())
+
+            progress.update(steps)
+            if global_step // LOG_EVERY > (global_step - steps) // LOG_EVERY or iteration == iterations:
+                real = [data[name][:, data["normal"]] for name in ("rewards", "success")]
+                episodes, success = (x.view(args.episodes_per_task, args.horizon, -1) for x in real)
+                episodes, success = episodes.sum(1).mean(1), success.any(1).float().mean(1)
+                episodes, success = ((all_sum(x) / ranks()).tolist() for x in (episodes, success))
+                seconds = np.diff(clock)
+                scalars = {f"losses/{key}": all_sum(value).item() for key, value in losses.items()}
+                scalars |= {f"charts/return_episode_{k + 1}": value for k, value in enumerate(episodes)}
+                scalars |= {"charts/episodic_return": episodes[-1], "charts/success_rate": success[-1]}
+                scalars |= {"charts/SPS": (global_step - first_step) / (time.time() - started)}
+                scalars |= dict(zip(("time/rollout", "time/ppo", "time/belief"), seconds / seconds.sum()))
+                scalars |= {"time/env": data["env_seconds"] / seconds.sum()}
+                if mixture and hasattr(eval_envs.get("test"), "cell") and not args.reward_decoder.startswith("mlp"):
+                    scalars |= probe_imagination(model, data["mixed"][mixture[1]], eval_envs["test"])
+                if leads():
+                    with on_disk("metrics", global_step):
+                        metrics.write(scalars, global_step)
+                results |= {"return": episodes[-1], "success": success[-1]}
+                progress.set_postfix({key: f"{value:.2f}" for key, value in results.items()})
+            due = args.eval_interval > 0 and iteration % args.eval_interval == 0
+            if eval_envs and (due or iteration == iterations):
+                scalars, details = evaluate(eval_envs, agent, model, args, args.no_belief)
+                with on_disk("evaluation", global_step):
+                    metrics.write(scalars, global_step)
+                    write_evaluation(folder, global_step, scalars, details)
+                results |= {"test return": scalars["eval/test/return"]}
+                results |= {"test success": scalars["eval/test/success_rate"]}
+            due = args.checkpoint_interval > 0 and iteration % args.checkpoint_interval == 0
+            stop = bool(all_sum(torch.tensor(len(signals), device=device)))  # all processes stop together
+            if due or stop or iteration == iterations:
+                check_finite(weights_of_the_policy=weights(agent), weights_of_the_belief_model=weights(model))
+                mine = {key: part.state_dict() for key, part in own.items()} | dict(rng=torch.get_rng_state())
+                if args.cuda:
+                    mine["cuda_rng"] = torch.cuda.get_rng_state()
+                processes = [mine]
+                if dist.is_initialized():
+                    processes = [None] * ranks()
+                    dist.gather_object(mine, processes if leads() else None)
+                if leads():
+                    state = {key: part.state_dict() for key, part in parts.items()} | dict(processes=processes)
+                    state |= dict(script=SCRIPT, args=asdict(args), iteration=iteration, global_step=global_step)
+                    with on_disk("checkpoint", global_step):
+                        state |= dict(metrics_bytes=metrics.file.tell())
+                        save_checkpoint(folder / "checkpoint.pt", state)
+                state = mine = processes = None
+    except FloatingPointError as error:
+        raise FloatingPointError(f"iteration {iteration}: {error}; the last checkpoint stands") from None
+    finally:
+        progress.close()
+        if metrics:
+            metrics.close()
+    if details and iteration == iterations:
+        with on_disk("pictures", global_step):
+            draw_pictures(folder, eval_envs, details, agent, model, args)
+    if leads():
+        print(f"{global_step} steps in {time.time() - started:.0f} s: {folder}")
+
+
+def write_evaluation(folder, step, scalars, details):
+    text = json.dumps(dict(global_step=step, **scalars, tasks=details), indent=1)
+    (Path(folder) / "eval.json").write_text(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except BadInput as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (WorkerError, FloatingPointError, OSError) as error:  # the last checkpoint stands
+        print(*getattr(error, "__notes__", ()), f"{SCRIPT}.py: {error}", sep="\n", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,464 @@
+"""LDM: mixture weights, imaginary rewards, the end-to-end policy and the decoder's shortcuts against plain loops."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Bernoulli, Dirichlet
+
+import ldm
+from common.envs import make_envs
+from tests.test_belief import gradients, signals  # noqa: F401
+from tests.test_scripts import TINY, command, metrics, run, same
+
+torch.set_num_threads(1)
+DECODE = pytest.mark.parametrize("decode", ["all", "cells", "shared"])
+
+
+def setup(env_id="GridWorldLDM", **changes):
+    """Tiny arguments, environments, latent dynamics network and agent."""
+    tiny = dict(
+        num_envs=5, horizon=4, episodes_per_task=2, num_minibatches=1, hidden_dim=6, latent_dim=3, policy_latent_dim=4,
+        policy_layers=(8,), decoder_layers=(7,), state_embed=3, reward_embed=8, buffer_size=20, num_mixture_workers=2,
+    )  # fmt: skip
+    args = ldm.Args(**(ldm.PRESETS[env_id] | tiny | dict(env_id=env_id) | changes))
+    ldm.check_args(args)
+    envs = make_envs(env_id, args.num_envs, horizon=args.horizon, episodes_per_task=args.episodes_per_task)
+    torch.manual_seed(0)
+    model = ldm.BeliefModel(args, envs)
+    obs_dim = envs.single_observation_space.shape[0]
+    agent = ldm.Agent(args, obs_dim, envs.single_action_space, [2 * args.policy_latent_dim])
+    return SimpleNamespace(args=args, envs=envs, model=model, agent=agent)
+
+
+def imagined(s):
+    """A rollout with mixture workers, and their roles and weights."""
+    mixture = ldm.draw_mixture(s.args, s.args.num_envs, "cpu")
+    return ldm.rollout(s.envs, s.agent, s.model, s.args, mixture=mixture), mixture
+
+
+# ---------- (1) Mixture weights ----------
+
+
+@pytest.mark.parametrize("by_dimension", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.5])
+def test_mixture_weights(beta, by_dimension):
+    """Sums, range, mean, covariance of beta * Dirichlet(1, .., 1) - (beta - 1) / n; one weight, or one a dimension."""
+    args = ldm.Args(num_envs=2003, num_mixture_workers=2000, beta=beta, mix_dimensions=by_dimension, latent_dim=2)
+    torch.manual_seed(0)
+    normal, imagining, alpha = ldm.draw_mixture(args, 2003, "cpu")
+    assert imagining.sum() == 2000 and not imagining[normal].any() and len(normal.unique()) == 3
+    assert alpha.shape == (2003, 2003, 2 if by_dimension else 1)
+    assert not alpha[normal].any() and not alpha[:, imagining].any()
+    weights = alpha[imagining][:, normal]  # (2000, 3, .)
+    torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]), atol=1e-5, rtol=0)
+    low = -(beta - 1) / 3
+    assert weights.min() >= low - 1e-6 and weights.max() <= low + beta + 1e-6
+    theirs = Dirichlet(torch.ones(3))
+    for d in range(weights.shape[2]):
+        mean, deviation = weights[..., d].mean(0), beta * theirs.variance[0].sqrt()
+        torch.testing.assert_close(mean, beta * theirs.mean + low, atol=4 * deviation.item() / 2000**0.5 + 1e-6, rtol=0)
+        covariance = beta**2 * (torch.eye(3) / 3 - 1 / 9) / 4  # of Dirichlet(1, 1, 1): variance 1/18
+        assert covariance[0, 0] == pytest.approx(beta**2 * theirs.variance[0].item())
+        torch.testing.assert_close(weights[..., d].T.cov(), covariance, atol=0.006 * beta**2 + 1e-6, rtol=0)
+    if by_dimension and beta:
+        assert abs(torch.corrcoef(weights[:, 0].T)[0, 1]) < 0.1
+
+
+def test_roles_are_drawn_anew():
+    """Every worker imagines equally often."""
+    args = ldm.Args(num_envs=6, num_mixture_workers=2)
+    drawn = torch.stack([ldm.draw_mixture(args, 6, "cpu")[1] for _ in range(3000)])
+    assert (drawn.sum(1) == 2).all()
+    assert (drawn.float().mean(0) - 1 / 3).abs().max() < 4 * (2 / 9 / 3000) ** 0.5
+
+
+# ---------- Imaginary rewards ----------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_dimension", [False, True])
+@pytest.mark.parametrize("case", ["bernoulli", "multihead", "mlp"])
+def test_imaginary_rewards_equal_a_loop(case, by_dimension, monkeypatch):
+    """Worker by worker and step by step: the weighted sum of the others' m before the transition, decoded at s'."""
+    env_id = "SparsePointRobot" if case == "mlp" else "GridWorldLDM"
+    s = setup(env_id, reward_decoder=case, mix_dimensions=by_dimension, beta=1.5, std_init=1.0)
+    s.model.obs_norm.mean += 0.3
+    s.model.eval()  # no dropout
+    noise, randn_like = [], torch.randn_like
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise.append(randn_like(x)) or noise[-1])
+    data, (normal, imagining, alpha) = imagined(s)
+    noise = [x for x in noise if x.shape == (5, 3)]  # the policy's have the shape of actions
+    assert len(noise) == 8 and torch.equal(data["rewards"][:, normal], data["true_rewards"][:, normal])
+    hidden, decoder = torch.zeros(5, 6), s.model.reward_decoder
+    for t in range(8):
+        mean, logvar = s.model.posterior(hidden)
+        m = mean + logvar.exp().sqrt() * noise[t]
+        for k in imagining.nonzero().squeeze(1).tolist():
+            mixed = sum(alpha[k, i, :] * m[i] for i in normal.tolist())
+            obs, action, next_obs = (data[name][t, k] for name in ("obs", "actions", "next_obs"))
+            if case == "multihead":
+                out = decoder(mixed)[int(7 * next_obs[0] + next_obs[1])]
+            else:
+                x = [decoder.embed_state(v - s.model.obs_norm.mean) for v in (obs, next_obs)][case == "bernoulli" :]
+                x += [decoder.embed_action(action.clamp(-1, 1))] if case == "mlp" else []
+                out = decoder.net(torch.cat([mixed, *(v.relu() for v in x)]))[0]
+            expected = out if case == "mlp" else 1.1 * torch.sigmoid(out) - 0.1
+            torch.testing.assert_close(data["rewards"][t, k], expected)
+        hidden = s.model.step(data["actions"][t], data["next_obs"][t], data["rewards"][t], hidden)
+    assert not torch.isclose(data["rewards"], data["true_rewards"])[:, imagining].any()
+
+
+@pytest.mark.parametrize("env_id", ["GridWorldLDM", "SparsePointRobot"])
+def test_encoder_p_reads_imaginary_rewards(env_id):
+    """The rollout's beliefs, found step by step, are encoder-p's over rewards with imagination, not over the true."""
+    s = setup(env_id)
+    data, (normal, imagining, _) = imagined(s)
+    torch.testing.assert_close(data["beliefs"], s.agent.beliefs(data), atol=1e-5, rtol=1e-5)
+    misled = s.agent.beliefs(data | dict(rewards=data["true_rewards"]))
+    assert torch.equal(misled[:, normal], s.agent.beliefs(data)[:, normal])
+    assert not torch.isclose(data["beliefs"], misled)[1:, imagining].all(-1).any()
+
+
+def test_encoder_p_reads_where_the_policy_acts():
+    """At an episode's end the next one's first state, else the successor; encoder-v always the successor."""
+    data, _ = imagined(setup())
+    assert torch.equal(data["acted_on"][3], torch.zeros(5, 2)) and torch.equal(data["acted_on"][7], data["next_obs"][7])
+    rest = [0, 1, 2, 4, 5, 6]
+    assert torch.equal(data["acted_on"][rest], data["next_obs"][rest])
+
+
+def test_dropout_while_imagining():
+    """In training the decoder's masks differ from call to call; in evaluation there are none. m is never hidden."""
+    s = setup(decoder_dropout=0.5)
+    m, obs, action = torch.randn(5, 3), torch.ones(5, 2), torch.zeros(5, dtype=torch.int64)
+    draws = torch.stack([ldm.imagine(s.model, m, obs, action, obs, s.args) for _ in range(30)])
+    assert (draws.std(0) > 0).all()
+    s.model.eval()
+    fixed = [ldm.imagine(s.model, m, obs, action, obs, s.args) for _ in range(2)]
+    assert torch.equal(*fixed)
+    s = setup(decoder_dropout=0.999)
+    net, embed = s.model.reward_decoder.net, s.model.reward_decoder.embed_state
+    torch.nn.init.zeros_(embed.weight), torch.nn.init.constant_(embed.bias, -1.0)  # nothing but m goes in
+    expected = 1.1 * net(torch.cat([m, torch.zeros(5, 3)], -1)).squeeze(-1).sigmoid() - 0.1
+    torch.testing.assert_close(ldm.imagine(s.model, m, obs, action, obs, s.args), expected)
+
+
+@pytest.mark.parametrize("env_id", ["GridWorldLDM", "SparsePointRobot"])
+def test_nothing_imagined_in_the_buffer(env_id, monkeypatch, tmp_path):
+    """In a run, the buffer holds normal workers alone, the policy learns from all, true rewards set the scale."""
+    made, rollout, scales, normalise = [], ldm.rollout, [], ldm.normalise_rewards
+    monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    monkeypatch.setattr(ldm, "normalise_rewards", lambda r, *a: scales.append(r.clone()) or normalise(r, *a))
+    learnt, update = [], ldm.a2c_update if env_id == "GridWorldLDM" else ldm.ppo_update
+    monkeypatch.setattr(ldm, update.__name__, lambda a, o, data, *r: learnt.append(data) or update(a, o, data, *r))
+    words = ["--tbptt", "0", "--horizon", "5"]
+    end = run(ldm, tmp_path, "--env-id", env_id, *words)
+    assert len(made) == 4 and len(learnt) == 3
+    stored = torch.cat([data["true_rewards"][:, data["normal"]] for data in made], 1).T
+    buffer = end["processes"][0]["buffer"]
+    assert buffer["full"] == len(stored) == 8 and torch.equal(buffer["store"]["rewards"], stored)
+    roles = {tuple(sorted(data["normal"].tolist())) for data in made}
+    assert len(roles) > 1 and all(len(role) == 2 for role in roles)
+    for data, seen in zip(made[1:], learnt):
+        assert data["rewards"] is seen["rewards"]
+        assert (data["rewards"] != data["true_rewards"]).any(0).sum() == 2
+    for data, scale in zip(made, scales):
+        assert torch.equal(scale, data["true_rewards"])
+    assert len(scales) == (0 if env_id == "GridWorldLDM" else 4)
+
+
+@torch.no_grad()
+def test_probe_of_imagined_tasks(monkeypatch):
+    """The last m^ of a rollout; best cells and rewards from maps that are known."""
+    s = setup()
+    data, (_, imagining, _) = imagined(s)
+    assert data["mixed"].shape == (5, 3)
+    test_envs, logits = make_envs("GridWorldLDM", 1, "test"), torch.full((1, 2, 49), -5.0)
+    logits[0, 0, 3], logits[0, 1, 2], logits[0, 1, 24] = 2.0, 3.0, 0.0  # (0, 3), (0, 2), (3, 3): test, train, test
+    monkeypatch.setattr(s.model, "cell_logits", lambda m: logits)
+    found = ldm.probe_imagination(s.model, data["mixed"][imagining], test_envs)
+    reward = 1.1 * torch.tensor([2.0, 3.0, 0.0]).sigmoid() - 0.1
+    assert found == pytest.approx(
+        {
+            "imagination/best_cell_is_a_test_goal": 0.5,
+            "imagination/largest_reward": (reward[0] + reward[1]).item() / 2,
+            "imagination/largest_reward_of_a_test_goal": (reward[0] + reward[2]).item() / 2,
+        }
+    )
+    assert s.model.training
+
+
+# ---------- The policy, end to end ----------
+
+
+def loop_beliefs(s, data):
+    """Encoder-p by its single step, from the prior, with gradients: (T + 1, N, .)."""
+    hidden = torch.zeros(s.args.num_envs, s.args.hidden_dim)
+    beliefs = [s.agent.encoder.belief(hidden)]
+    for t in range(s.envs.meta_horizon):
+        last = t + 1 == s.envs.meta_horizon
+        seen = data["next_obs"][t] if last else data["obs"][t + 1]
+        hidden = s.agent.encoder.step(data["actions"][t], seen, data["rewards"][t], hidden)
+        beliefs.append(s.agent.encoder.belief(hidden))
+    return torch.stack(beliefs)
+
+
+@pytest.mark.parametrize("policy_state", [False, True])
+def test_a2c_gradient_equals_a_loop(policy_state, monkeypatch):
+    """Loss and gradient of every parameter, encoder-p's included, against re-encoding step by step."""
+    s = setup(policy_state=policy_state)
+    data, _ = imagined(s)
+    data["alive"][5, 2] = False
+    data["advantages"], data["returns"] = torch.randn(2, 8, 5)
+    taken = []
+    monkeypatch.setattr(ldm, "descend", lambda optimizer, loss, *_: taken.append(gradients(loss, s.agent)))
+    ldm.a2c_update(s.agent, None, data, 0.1, s.args)
+    beliefs, loss = loop_beliefs(s, data), 0
+    for t in range(8):
+        for n in range(5):
+            if data["alive"][t, n]:
+                x = beliefs[t, n]
+                x = torch.cat([x, s.agent.obs_norm(data["obs"][t, n])]) if policy_state else x
+                logprobs = s.agent.actor(x).log_softmax(-1)
+                pg = -logprobs[data["actions"][t, n]] * data["advantages"][t, n]
+                v = (s.agent.critic(x)[0] - data["returns"][t, n]) ** 2
+                loss = loss + (pg + 0.5 * v - 0.1 * -(logprobs.exp() * logprobs).sum()) / 39
+    torch.testing.assert_close(taken[0], gradients(loss, s.agent), atol=1e-6, rtol=1e-4)
+    assert all(taken[0][name].any() for name in taken[0] if "encoder" in name)
+
+
+def test_ppo_reads_whole_meta_episodes(monkeypatch):
+    """Minibatches are all steps of some environments, each once an epoch; encoder-p learns; at first the ratio is 1."""
+    s = setup("SparsePointRobot", num_envs=6, num_minibatches=3, update_epochs=2)
+    data, _ = imagined(s)
+    with torch.no_grad():
+        data["logprobs"], _, data["values"] = s.agent(data["obs"], data["beliefs"][:-1], data["actions"])
+    data["values"] = torch.cat([data["values"], torch.zeros(1, 6)])
+    data["advantages"], data["returns"] = torch.randn(2, 8, 6)
+    seen, beliefs = [], s.agent.beliefs
+    monkeypatch.setattr(s.agent, "beliefs", lambda mb: seen.append(mb["advantages"]) or beliefs(mb))
+    before = {name: p.clone() for name, p in s.agent.named_parameters()}
+    ldm.ppo_update(s.agent, torch.optim.Adam(s.agent.parameters(), 1e-3), data, 0.01, s.args)
+    normalised = (data["advantages"] - data["advantages"].mean()) / data["advantages"].std(correction=0)
+    for epoch in (seen[:3], seen[3:]):
+        columns = torch.cat(epoch, 1)
+        for n in range(6):
+            assert torch.isclose(columns, normalised[:, n : n + 1], atol=1e-4).all(0).sum() == 1
+    assert all(not torch.equal(before[name], p) for name, p in s.agent.named_parameters())
+    torch.manual_seed(0)
+    args = setup("SparsePointRobot", num_envs=6, update_epochs=1).args
+    with torch.no_grad():
+        for name, p in s.agent.named_parameters():
+            p.copy_(before[name])
+    terms = ldm.ppo_update(s.agent, torch.optim.SGD(s.agent.parameters(), 0.0), data, 0.01, args)
+    assert terms["clipfrac"] == 0 and terms["approx_kl"] < 1e-6
+
+
+# ---------- The decoder's cost ----------
+
+
+def stored(s, B=3):
+    """A batch of meta-episodes on the grid, some steps of them idle."""
+    data = ldm.rollout(s.envs, s.agent, s.model, s.args)
+    data["rewards"] = torch.where(torch.rand(8, 5) < 0.3, 1.0, -0.1)
+    data["alive"][6:, 1] = False
+    return {name: data[name][:, :B] for name in ldm.Buffer.NAMES}
+
+
+@DECODE
+@pytest.mark.parametrize("decode_window", ["all", "future", "episode"])
+def test_reconstruction_equals_a_loop(decode, decode_window, monkeypatch):
+    """Without dropout all three are the mean of -log p(r | m_t, s') over pairs, value and gradients."""
+    s = setup(decode=decode, decode_window=decode_window, decoder_dropout=0.0)
+    batch, m = stored(s), torch.randn(9, 3, 3)
+    t = torch.arange(9)[:, None].expand(9, 3)
+    loss, _ = ldm.reconstruction(s.model, m, t, ldm.real_posteriors(batch["alive"]), batch, s.args)
+    terms, decoder = [], s.model.reward_decoder
+    for e in range(9):
+        for b in range(3):
+            for i in range(8):
+                end = {"all": 8, "future": 8, "episode": (e // 4 + 1) * 4}[decode_window]
+                start = 0 if decode_window == "all" else e
+                alive = batch["alive"][i, b] and (e == 0 or batch["alive"][e - 1, b])
+                if alive and start <= i < end:
+                    x = decoder.embed_state(batch["next_obs"][i, b]).relu()
+                    logit = decoder.net(torch.cat([m[e, b], x]))[0]
+                    terms.append(-Bernoulli(logits=logit).log_prob((batch["rewards"][i, b] == 1).float()))
+    expected = sum(terms) / len(terms)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, s.model), gradients(expected, s.model), atol=1e-6, rtol=1e-4)
+
+
+def test_decoders_shortcuts_are_right_in_expectation():
+    """With dropout: the mean ELBO of each of --decode, and of --elbo-terms, within four standard errors of the full."""
+    s = setup(decoder_dropout=0.6, decode="all")
+    batch, means, errors = stored(s), [], []
+    with torch.no_grad():
+        s.model.reward_decoder.embed_state.weight *= 10  # so that dropout matters
+        s.model.heads.bias[3:] = -6  # and m does little
+    for decode, terms in (("all", 0), ("shared", 0), ("cells", 0), ("cells", 3), ("all", 3)):
+        s.args.decode = s.model.reward_decoder.decode = decode
+        s.args.elbo_terms = terms
+        with torch.no_grad():
+            losses = torch.stack([ldm.elbo(s.model, batch, s.args)[0] for _ in range(600)])
+        means.append(losses.mean().item())
+        errors.append(losses.std().item() / 600**0.5)
+    for mean, error in zip(means[1:], errors[1:]):
+        assert abs(mean - means[0]) < 4 * math.hypot(error, errors[0]), (means, errors)
+    s.model.eval()
+    with torch.no_grad():
+        without = ldm.elbo(s.model, batch, s.args)[0].item()
+    assert abs(without - means[0]) > 6 * errors[0]  # the test can tell
+
+
+def test_dropout_masks():
+    """--decode all has a mask for each pair; shared and cells one for each transition or cell of a task."""
+    s = setup(decoder_dropout=0.5)
+    decoder = s.model.reward_decoder
+    torch.nn.init.constant_(decoder.embed_state.weight, 1.0)
+    m, next_obs = torch.zeros(40, 2, 3), torch.ones(30, 2, 2)
+    for decode in ("all", "shared", "cells"):
+        decoder.decode = decode
+        out = decoder(m, None, None, next_obs).detach().squeeze(-1)
+        assert (out.std(1) > 0).any() and bool((out.std(0) > 1e-6).any()) == (decode == "all")
+
+
+def test_visited_cells():
+    """Each visited cell once; places lead back to it."""
+    cell = torch.randint(49, (20, 7))
+    cell[:, 3] = 5
+    which, index = ldm.visited_cells(cell, 49)
+    assert torch.equal(which.gather(1, index.T).T, cell)
+    assert which.shape[1] == max(len(column.unique()) for column in cell.T)
+    assert index[:, 3].eq(0).all() and all(len(row.unique()) == len(row) for row in which)
+
+
+def test_elbo_is_varibads():
+    """Encoder-v's KL and reconstruction, weighted as the authors' sums are once divided by the decoded transitions."""
+    s = setup(decoder_dropout=0.0, kl_coef=1 / 8)
+    batch, randn = stored(s), torch.randn(9, 3, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda x: randn)
+        loss, terms = ldm.elbo(s.model, batch | dict(alive=torch.ones(8, 3, dtype=torch.bool)), s.args)
+    hidden, summed, prior = torch.zeros(3, 6), 0, (torch.zeros(3, 3), torch.zeros(3, 3))
+    for t in range(9):
+        mean, logvar = s.model.posterior(hidden)
+        m = mean + (0.5 * logvar).exp() * randn[t]
+        for i in range(8):
+            x = s.model.reward_decoder.embed_state(batch["next_obs"][i]).relu()
+            logit = s.model.reward_decoder.net(torch.cat([m, x], -1)).squeeze(-1)
+            hit = (batch["rewards"][i] == 1).float()
+            summed = summed + F.binary_cross_entropy_with_logits(logit, hit, reduction="sum")
+        summed = summed + ldm.kl_gaussians(mean, logvar, *prior).sum()
+        prior = mean, logvar
+        if t < 8:
+            hidden = s.model.step(batch["actions"][t], batch["next_obs"][t], batch["rewards"][t], hidden)
+    torch.testing.assert_close(loss, summed / (3 * 9 * 8))
+
+
+# ---------- Runs ----------
+
+
+def test_rl2(tmp_path, monkeypatch):
+    """--num-mixture-workers 0: no decoder is called and none learns, nothing is stored, and the policy does learn."""
+    monkeypatch.setattr(ldm.Decoder, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(ldm, "elbo", lambda *_: 1 / 0)
+    made, rollout = [], ldm.rollout
+    monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    end = run(ldm, tmp_path, "--num-mixture-workers", "0", eval_interval=0)
+    assert not end["processes"][0]["buffer"]["store"] and not end["belief_optimizer"]["state"]
+    assert end["optimizer"]["state"]
+    assert all(torch.equal(data["rewards"], data["true_rewards"]) for data in made)
+
+
+HARD = dict(
+    GridWorldLDM=["--seed", "3", "--mix-dimensions", "--beta", "1.5", "--elbo-terms", "4"],
+    SparsePointRobot=["--seed", "2", "--obs-shift", "1", "--tbptt", "5", "--decode", "all", "--state-coef", "1"],
+)
+
+
+@pytest.mark.parametrize("env_id", HARD)
+def test_resume(env_id, tmp_path):
+    """Four iterations straight equal two, saved, and two more: weights, buffer and metrics bit for bit."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    end = run(ldm, straight, "--env-id", env_id, *HARD[env_id])
+    resumed.mkdir()
+    shutil.copy(straight / "checkpoint.pt.previous", resumed / "checkpoint.pt")
+    shutil.copy(straight / "metrics.csv", resumed)
+    torch.manual_seed(123)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ldm, "LOG_EVERY", 1)
+        ldm.main(ldm.parse_args(["--resume", str(resumed / "checkpoint.pt")]))
+    again = torch.load(resumed / "checkpoint.pt")
+    assert set(same(end, again)) <= {"/args/run_dir", "/args/resume", "/metrics_bytes"}
+    assert metrics(straight) == metrics(resumed) and len(metrics(straight)) > 30
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ("--num-mixture-workers 3", "--num-mixture-workers 3"),
+        ("--num-mixture-workers -1", "--num-mixture-workers"),
+        ("--beta -0.5", "--beta"),
+        ("--beta nan", "--beta"),
+        ("--num-minibatches 3", "--num-minibatches 3"),
+        ("--env-id SparsePointRobot --reward-decoder bernoulli", "bernoulli"),
+        ("--no-belief --oracle-context", "--oracle-context"),
+        ("--policy-latent-dim 0", "--policy-latent-dim"),
+    ],
+)
+def test_bad_input(words, named, monkeypatch, capsys, tmp_path):
+    """One line on stderr that names the culprit, status 2, and nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    status, lines = command(ldm, monkeypatch, capsys, *TINY, *words.split())
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("ldm.py: ") and named in lines[0], lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_split_is_evaluated(tmp_path):
+    """All tasks of all splits, and pictures of what the decoder believes."""
+    run(ldm, tmp_path, "--env-id", "GridWorldExtrapolation", eval_interval=0)
+    tasks = json.loads((tmp_path / "eval.json").read_text())["tasks"]
+    assert {split: len(named) for split, named in tasks.items()} == dict(train=16, test=16, test2=13)
+    assert list(tmp_path.glob("belief_*.png"))
+
+
+@pytest.mark.parametrize("context", ["--no-belief", "--oracle-context"])
+def test_floor_and_ceiling(context, tmp_path, monkeypatch):
+    """The policy gets the state with zeros, or with the true task; nothing is imagined or learnt of it."""
+    made, rollout = [], ldm.rollout
+    monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    end = run(ldm, tmp_path, context, eval_interval=0)
+    for data in made:
+        belief = data["task"] if context == "--oracle-context" else torch.zeros(len(data["task"]), 1)
+        assert torch.equal(data["beliefs"], belief.expand_as(data["beliefs"]))
+    assert not any("encoder" in name for name in end["agent"]) and not end["processes"][0]["buffer"]["store"]
+
+
+@pytest.mark.parametrize("env_id, rl", [("GridWorldLDM", "a2c"), ("GridWorldLDM", "ppo"), ("SparsePointRobot", "ppo")])
+def test_meta_device(env_id, rl, monkeypatch):
+    """One iteration where tensors have shapes and no data: a second device, or a wait for numbers, raises."""
+    s, device = setup(env_id), torch.device("meta")
+    envs = make_envs(env_id, 5, device=device, horizon=4, episodes_per_task=2)
+    with device:
+        model = ldm.BeliefModel(s.args, envs)
+        agent = ldm.Agent(s.args, 2, envs.single_action_space, [8])
+    monkeypatch.setattr(ldm, "check_finite", lambda **_: None)  # it waits, once an update, on purpose
+    optimizers = [torch.optim.RMSprop(m.parameters()) for m in (agent, model)]
+    data = ldm.rollout(envs, agent, model, s.args, mixture=ldm.draw_mixture(s.args, 5, device))
+    data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
+    data["values"] = torch.cat([values, agent.value(data["next_obs"][-1], data["beliefs"][-1])[None]])
+    data["advantages"], data["returns"] = ldm.gae(
+        data["rewards"], data["values"], data["terminated"], data["alive"], s.args
+    )
+    data = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    (ldm.a2c_update if rl == "a2c" else ldm.ppo_update)(agent, optimizers[0], data, 0.01, s.args)
+    agent.encoder.reward_norm.update(data["true_rewards"].view(-1, 1), data["alive"].flatten())
+    buffer = ldm.Buffer(20)
+    buffer.add({name: data[name][:, data["normal"]] for name in buffer.NAMES})
+    ldm.update_belief(model, optimizers[1], buffer, s.args)
