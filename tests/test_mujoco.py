@@ -332,11 +332,3 @@ def test_wrong_arguments(env_id, wrong, named):
     with pytest.raises(BadInput) as error:
         make_envs(env_id, 2, **wrong)
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in named)
-
-
-@ALL_IDS
-@pytest.mark.parametrize("tasks", [["no such task"] * 2, ["first"], ["first"] * 3])
-def test_wrong_tasks(env_id, tasks):
-    envs = make_envs(env_id, 2)
-    with pytest.raises(BadInput):
-        envs.reset(tasks=[envs.tasks[0] if name == "first" else name for name in tasks])
