@@ -544,15 +544,18 @@ class BeliefEncoder(nn.Module):
         self.num_actions = int(action_space.n) if self.discrete else action_space.shape[0]
         self.encoder = Encoder(args, obs_dim, self.num_actions)
         self.heads = nn.Linear(args.hidden_dim, 2 * latent_dim)  # mean and log-variance
-        self.obs_norm, self.reward_norm = RunningNorm(obs_dim, min_std=0.02), RunningNorm(1, min_std=0.02)
-        if not self.discrete and np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all():
+        norm = RunningNorm if args.standardise_inputs else nn.Identity
+        self.obs_norm, self.reward_norm = norm(obs_dim, min_std=0.02), norm(1, min_std=0.02)
+        if self.discrete:
+            self.register_buffer("one_hot", torch.eye(self.num_actions), persistent=False)
+        elif np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all():
             self.register_buffer("low", torch.as_tensor(action_space.low))
             self.register_buffer("high", torch.as_tensor(action_space.high))
 
     def action_input(self, action):
         """What the environment made of the policy's action: one-hot if discrete, clipped to its box else."""
         if self.discrete:
-            return F.one_hot(action, self.num_actions).float()
+            return F.embedding(action, self.one_hot)
         return torch.maximum(torch.minimum(action, self.high), self.low) if hasattr(self, "low") else action
 
     def step(self, action, next_obs, reward, hidden):

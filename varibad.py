@@ -557,11 +557,13 @@ class BeliefModel(nn.Module):
             inputs = ("next_obs",) if args.reward_decoder == "mlp-next" else ("obs", "action", "next_obs")
             self.reward_decoder = Decoder(args, S, A, 1, inputs)
         self.state_decoder = Decoder(args, S, A, S, ("obs", "action")) if args.state_coef else None
-        self.obs_norm, self.reward_norm = RunningNorm(S, min_std=0.02), RunningNorm(1, min_std=0.02)
-        if not self.discrete and np.isfinite(space.low).all() and np.isfinite(space.high).all():
+        norm = RunningNorm if args.standardise_inputs else nn.Identity
+        self.obs_norm, self.reward_norm = norm(S, min_std=0.02), norm(1, min_std=0.02)
+        if self.discrete:
+            self.register_buffer("one_hot", torch.eye(A), persistent=False)
+        elif np.isfinite(space.low).all() and np.isfinite(space.high).all():
             self.register_buffer("low", torch.as_tensor(space.low))
             self.register_buffer("high", torch.as_tensor(space.high))
-        self.num_actions = A
         self.belief_sizes = [2 * args.latent_dim]
 
     def parts(self):
@@ -572,7 +574,7 @@ class BeliefModel(nn.Module):
     def action_input(self, action):
         """What the environment made of the policy's action: one-hot if discrete, clipped to its box else."""
         if self.discrete:
-            return F.one_hot(action, self.num_actions).float()
+            return F.embedding(action, self.one_hot)
         return torch.maximum(torch.minimum(action, self.high), self.low) if hasattr(self, "low") else action
 
     def step(self, action, next_obs, reward, hidden):

@@ -260,7 +260,7 @@ def test_elbo_equals_a_loop(script, case, decode_window, monkeypatch):
     )[case]
     option = {varibad: dict(kl_to_prior=case == "state"), dme: dict(hard_y=case == "state")}[script]
     weights = {varibad: dict(kl_coef=0.3), dme: dict(beta_w=0.3, beta_y=0.7, beta_z=1.3)}[script]
-    s = setup(script, decode_window=decode_window, **changes, **option, **weights)
+    s = setup(script, decode_window=decode_window, standardise_inputs=True, **changes, **option, **weights)
     s.model.obs_norm.mean += 0.3
     batch, noise, randn_like = random_batch(s), [], torch.randn_like
     monkeypatch.setattr(torch, "randn_like", lambda x: noise.append(randn_like(x)) or noise[-1])

@@ -85,7 +85,7 @@ def test_roles_are_drawn_anew():
 def test_imaginary_rewards_equal_a_loop(case, by_dimension, monkeypatch):
     """Worker by worker and step by step: the weighted sum of the others' m before the transition, decoded at s'."""
     env_id = "SparsePointRobot" if case == "mlp" else "GridWorldLDM"
-    s = setup(env_id, reward_decoder=case, mix_dimensions=by_dimension, beta=1.5, std_init=1.0)
+    s = setup(env_id, reward_decoder=case, mix_dimensions=by_dimension, beta=1.5, standardise_inputs=True)
     s.model.obs_norm.mean += 0.3
     s.model.eval()  # no dropout
     noise, randn_like = [], torch.randn_like
@@ -431,7 +431,7 @@ def test_floor_and_ceiling(context, tmp_path, monkeypatch):
 @pytest.mark.parametrize("env_id, rl", [("GridWorldLDM", "a2c"), ("GridWorldLDM", "ppo"), ("SparsePointRobot", "ppo")])
 def test_meta_device(env_id, rl, monkeypatch):
     """One iteration where tensors have shapes and no data: a second device, or a wait for numbers, raises."""
-    s, device = setup(env_id), torch.device("meta")
+    s, device = setup(env_id, standardise_inputs=True), torch.device("meta")
     envs = make_envs(env_id, 5, device=device, horizon=4, episodes_per_task=2)
     with device:
         model = ldm.BeliefModel(s.args, envs)
