@@ -1040,6 +1040,8 @@ def evaluate(eval_envs, agent, model, args, blind=False):
                 for k in range(rows.shape[1]):
                     scalars[f"eval/{split}/{word}_episode_{k + 1}"] = float(rows[:, k].mean())
                 scalars[f"eval/{split}/{word}"] = float(rows[:, -1].mean())  # of the last episode
+                if key == "success":
+                    scalars[f"eval/{split}/{word}_any_episode"] = float(rows.max(1).mean())
                 families = np.array([name.split("/")[0] for name in details[split]])
                 if len(set(families)) > 1:
                     for family in dict.fromkeys(families):

@@ -127,6 +127,7 @@ class Args:
     belief_batch: int = 25  # meta-episodes per gradient step (B)
     belief_max_grad_norm: float = 0.0  # clip of the gradient's norm, for each of encoder and decoders; 0 = off
     buffer_size: int = 100_000  # meta-episodes kept for the belief model; as many as --num-envs: on-policy
+    buffer_add: float = 1.0  # probability that a normal worker's meta-episode is kept
     precollect: int = 0  # steps before the first gradient step; the policy waits for the second iteration too
     action_embed: int = 0  # embedding of the action in both encoders and the decoders; 0 = not an input
     state_embed: int = 32  # embedding of the state
@@ -157,6 +158,7 @@ class Args:
     standardise_inputs: bool = False  # standardise the inputs of encoders and decoders (ours); the grid's are raw
 
     # LDM
+    oracle: bool = False  # train on the split "all", with the tasks of the evaluation: the paper's oracles
     num_mixture_workers: int = 2  # environments whose rewards are imagined; 0 = RL2, without a latent dynamics network
     beta: float = 1.0  # (1): the weights are beta * Dirichlet(1, .., 1) - (beta - 1) / n; above 1 they extrapolate
     mix_dimensions: bool = False  # other weights in each dimension of m (the authors' code), not the same (paper)
@@ -184,7 +186,7 @@ PRESETS = {
         total_timesteps=50_000_000, clip_coef=0.1, belief_updates=1, num_mixture_workers=4,
     ),
     "HalfCheetahDir": LOCOMOTION | dict(split_rule="varibad"),  # not one of the paper's: two tasks, to train and test
-    "AntDir": LOCOMOTION,
+    "AntDir": LOCOMOTION | dict(buffer_add=0.8),
     "AntGoal": LOCOMOTION | dict(num_minibatches=1, policy_state=False, latent_dim=10, beta=2.0),
 }  # fmt: skip
 YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
@@ -232,7 +234,7 @@ def check_args(args):
     ).split():
         if not 0 <= getattr(args, name) < math.inf:
             raise BadInput(f"{flag(name)} must not be below 0, and finite: not {getattr(args, name)}")
-    for name, below in dict(gamma=1.0, gae_lambda=1.0, decoder_dropout=0.999).items():
+    for name, below in dict(gamma=1.0, gae_lambda=1.0, decoder_dropout=0.999, buffer_add=1.0).items():
         if not 0 <= getattr(args, name) <= below:
             raise BadInput(f"{flag(name)} must lie in [0, {below}], not {getattr(args, name)}")
     for name in ("policy_layers", "decoder_layers"):
@@ -1038,6 +1040,8 @@ def evaluate(eval_envs, agent, model, args, blind=False):
                 for k in range(rows.shape[1]):
                     scalars[f"eval/{split}/{word}_episode_{k + 1}"] = float(rows[:, k].mean())
                 scalars[f"eval/{split}/{word}"] = float(rows[:, -1].mean())  # of the last episode
+                if key == "success":
+                    scalars[f"eval/{split}/{word}_any_episode"] = float(rows.max(1).mean())
                 families = np.array([name.split("/")[0] for name in details[split]])
                 if len(set(families)) > 1:
                     for family in dict.fromkeys(families):
@@ -1246,7 +1250,7 @@ def main(args):
     state = load_checkpoint(args.resume or args.evaluate, device) if args.resume or args.evaluate else None
     name = f"{args.env_id.replace(':', '.')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir or f"runs/{name}")
-    envs = make_args_envs(args, args.num_envs // ranks(), "train", device)
+    envs = make_args_envs(args, args.num_envs // ranks(), "all" if args.oracle else "train", device)
     eval_envs = {}
     try:
         for name in ("horizon", "episodes_per_task"):
@@ -1401,7 +1405,10 @@ def train(args, envs, eval_envs, device, folder, state):
             clock.append(time.perf_counter())
 
             if learns_belief:
-                buffer.add({name: data[name][:, data["normal"]] for name in buffer.NAMES})  # nothing imagined
+                kept = data["normal"]  # nothing imagined
+                if args.buffer_add < 1 and buffer.full:
+                    kept = kept[torch.rand(len(kept), device=device) < args.buffer_add]
+                buffer.add({name: data[name][:, kept] for name in buffer.NAMES})
                 if global_step >= args.precollect:
                     for _ in range(args.belief_updates):
                         terms = update_belief(model, belief_optimizer, buffer, args)

@@ -20,6 +20,7 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
                                  sets N of them and draws nothing
     envs.same_splits             True where the test split holds the training tasks, all of them; may be absent
     envs.splits                  names of the splits, where there are more than train and test; may be absent
+    envs.joins                   True where a split "all", for oracles, holds the tasks of all others; may be absent
     envs.film                    film(name, row, actions, path) replays a meta-episode into a GIF; may be absent
     state_dict, load_state_dict  all that decides later draws: the number of resets so far
 
@@ -41,7 +42,7 @@ import numpy as np
 import torch
 
 SPLITS = ("train", "test")  # what every family has
-ALL_SPLITS = (*SPLITS, "test2")  # a split's place in it is part of the seed: new ones go to the end
+ALL_SPLITS = (*SPLITS, "test2", "all")  # a split's place in it is part of the seed: new ones go to the end
 FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10, ML45) are listed by common.metaworld
     "GridWorld": "common.gridworld:GridWorld",
     "GridWorldLDM": "common.gridworld:GridWorldLDM",
@@ -86,7 +87,7 @@ def make_envs(
         nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise BadInput(f"unknown env_id {env_id!r}: known are {', '.join(known)}, or package.module:factory{hint}")
-    splits = getattr(factory, "splits", SPLITS)
+    splits = (*getattr(factory, "splits", SPLITS), *["all"] * getattr(factory, "joins", False))
     if split not in splits:
         raise BadInput(f"unknown split {split!r}: {env_id} has {' and '.join(splits)}")
     if "split_rule" in inspect.signature(factory).parameters:

@@ -12,12 +12,13 @@ MOVES = [[0, 0], [0, 1], [1, 0], [0, -1], [-1, 0]]  # stay, y + 1, x + 1, y - 1,
 class GridWorld(TensorEnvs):
     """obs (x, y), from (0, 0); +1 where the move ends on the goal, else -0.1; both splits hold all 21 goals.
 
-    rings: split -> the values of max(x, y) of its goals. 5x5, and no goal next to the start.
+    rings: split -> the values of max(x, y) of its goals. 5x5, and no goal next to the start. Split all: any of them.
     """
 
     obs_dim = 2
     size = 5
     rings = dict.fromkeys(SPLITS, (2, 3, 4))
+    joins = True
     single_action_space = Discrete(len(MOVES))
 
     def __init__(self, num_envs, split="train", seed=1, device="cpu", horizon=15, episodes_per_task=4):
@@ -26,7 +27,8 @@ class GridWorld(TensorEnvs):
         self.num_cells = len(cells)
         self.same_splits = self.rings["train"] == self.rings["test"]
         if not hasattr(self, "tasks"):  # a subclass may have its own
-            goals = [xy for xy in cells if max(xy) in self.rings[split]]
+            rings = [ring for name, part in self.rings.items() for ring in part if split in (name, "all")]
+            goals = [xy for xy in cells if max(xy) in rings]
             self.tasks = [f"{type(self).__name__}/{x},{y}" for x, y in goals]
             self.task_table = torch.tensor(goals, dtype=torch.float32)
         self.cells = torch.tensor(cells, dtype=torch.float32, device=self.device)  # (cells, 2): obs of each

@@ -10,9 +10,9 @@ al., JMLR 2021), which has them from older versions of the two; tasks those of V
     AntDir          0 and 180 degrees                   0, 90, 180, 270 degrees          45, 135, 225, 315 degrees
     AntGoal         a disc of radius 3                  radii [0, 1) and [2.5, 3)        radii [1, 2.5)
 
-Velocities and discs are drawn uniformly, the two parts of LDM's training sets in proportion to length and area, and
-directions each with the same probability. (VariBAD's code takes its two directions of the Ant, +1 and -1, for angles in
-radian; here they are forward and backward, as its text has them.)
+The split "all" joins train and test. Velocities and discs are drawn uniformly, the parts of LDM's sets in proportion to
+length and area, and directions each with the same probability. (VariBAD's code takes its two directions of the Ant, +1
+and -1, for angles in radian; here they are forward and backward, as its text has them.)
 
 A step is five of MuJoCo's, 0.05 s. The state is float64 and lives on the CPU; tensors out are float32 on the device.
 It agrees with one step of Gymnasium's from the same state to rounding; over tens of steps contacts magnify the rounding
@@ -59,6 +59,7 @@ class Locomotion(TensorEnvs):
     Raises BadInput for a rule that the family does not have.
     """
 
+    joins = True
     healthy_z = None
 
     def __init__(
@@ -75,7 +76,7 @@ class Locomotion(TensorEnvs):
         name = type(self).__name__
         if split_rule not in self.sets:
             raise BadInput(f"unknown split rule {split_rule!r}: {name} has {' and '.join(self.sets)}")
-        self.set = self.sets[split_rule][split]
+        self.set = sorted({x for name, part in self.sets[split_rule].items() for x in part if split in (name, "all")})
         self.same_splits = split_rule == "varibad"
         self.tasks = [f"{name}/{which}" for which in self.named(self.set)]
         self.task_table = torch.tensor([*self.named(self.set).values()], dtype=torch.float32)
@@ -198,7 +199,7 @@ class HalfCheetahVel(HalfCheetah):
 class HalfCheetahDir(HalfCheetah):
     """task: +1 forward, -1 backward (1). reward: the velocity in that direction - 0.05 |a|^2."""
 
-    sets = {"varibad": {"train": [1, -1], "test": [1, -1]}}
+    sets = {"varibad": {"train": [-1, 1], "test": [-1, 1]}}
 
     def named(self, signs):
         return {"forward" if sign > 0 else "backward": [sign] for sign in signs}
