@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from common.envs import SPLITS, BadInput, make_envs
 from common.gru import GRU
-from common.plot import draw_grid_belief, draw_mixture
+from common.plot import draw_grid_belief, draw_mixture, draw_returns
 from common.workers import WorkerError
 
 SCRIPT = Path(__file__).stem
@@ -621,6 +621,11 @@ class BeliefModel(nn.Module):
         reward = self.reward_norm(reward.unsqueeze(-1))
         return self.encoder.step(self.action_input(action), self.obs_norm(next_obs), reward, hidden)
 
+    def hiddens(self, batch, tbptt=0):
+        """The encoder's hidden states on whole meta-episodes: actions, next_obs, rewards (T, B, .) -> (T + 1, B, D)."""
+        rewards = self.reward_norm(batch["rewards"].unsqueeze(-1))
+        return self.encoder(self.action_input(batch["actions"]), self.obs_norm(batch["next_obs"]), rewards, tbptt)
+
     def posterior(self, hidden):
         """(1), (2): hidden (..., D) -> mean and log-variance of w, then of z, (..., Z) each."""
         w_mean, w_logvar, z_mean, z_logvar = self.heads(hidden).chunk(4, -1)
@@ -748,9 +753,9 @@ def elbo(model, batch, args):
 
     batch: obs, next_obs (T, B, S), actions (T, B, .), rewards, alive (T, B). Returns the loss and a dict of its terms.
     """
-    rewards = model.reward_norm(batch["rewards"].unsqueeze(-1))
-    hidden = model.encoder(model.action_input(batch["actions"]), model.obs_norm(batch["next_obs"]), rewards, args.tbptt)
-    t, (*posteriors, real) = draw_posteriors(args, *model.posterior(hidden), real_posteriors(batch["alive"]))
+    t, (*posteriors, real) = draw_posteriors(
+        args, *model.posterior(model.hiddens(batch, args.tbptt)), real_posteriors(batch["alive"])
+    )
     w_mean, w_logvar, z_mean, z_logvar = posteriors  # (E, B, Z) each
     w, z = gaussian(w_mean, w_logvar), gaussian(z_mean, z_logvar)
     mean, logvar = model.components(w)  # (E, B, C, Z)
@@ -1097,9 +1102,12 @@ def draw_components(folder, eval_envs, details, agent, model, args):
 
 
 def draw_pictures(folder, eval_envs, details, agent, model, args):
-    """Grid worlds: where the decoder thinks the goal is, step by step, with the agent's path, for three goals."""
+    """Grid worlds: the return of every goal and, for three goals, where the decoder thinks the goal is, step by step,
+    with the agent's path."""
     draw_components(folder, eval_envs, details, agent, model, args)
-    envs = eval_envs["test"]
+    envs, folder = eval_envs["test"], Path(folder)
+    if hasattr(envs, "cell"):
+        draw_returns(folder / "returns.png", eval_envs, details)
     if args.reward_decoder != "multihead" or args.no_belief or args.oracle_context:
         return
     names = [envs.tasks[i * len(envs.tasks) // envs.num_envs] for i in range(envs.num_envs)]
@@ -1109,12 +1117,10 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
     with torch.no_grad():
         mean, logvar = model.moments(data["beliefs"])  # (T + 1, N, Z)
         samples = mean + (0.5 * logvar).exp() * torch.randn(100, *mean.shape, device=mean.device)
-        maps = (
-            model.reward_decoder(samples).sigmoid().mean(0)
-        )  # p(r = 1) in each cell under the belief (T + 1, N, cells)
+        maps = model.reward_decoder(samples).sigmoid().mean(0)  # p(r = 1) under the belief (T + 1, N, cells)
     for n in range(0, len(names), math.ceil(len(names) / 3)):
         column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
-        file = Path(folder) / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
+        file = folder / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
         draw_grid_belief(file, names[n], column, data["task"][n].cpu().numpy(), maps[:, n].cpu().numpy(), args.horizon)
 
 

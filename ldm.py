@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from common.envs import SPLITS, BadInput, make_envs
 from common.gru import GRU
-from common.plot import draw_grid_belief
+from common.plot import draw_grid_belief, draw_mixed_tasks, draw_returns
 from common.workers import WorkerError
 
 SCRIPT = Path(__file__).stem
@@ -415,9 +415,7 @@ class Agent(nn.Module):
         """
         if not self.encoder:
             return data["beliefs"]
-        p = self.encoder
-        rewards = p.reward_norm(data["rewards"].unsqueeze(-1))
-        return p.belief(p.encoder(p.action_input(data["actions"]), p.obs_norm(data["acted_on"]), rewards))
+        return self.encoder.belief(self.encoder.hiddens(data | dict(next_obs=data["acted_on"])))
 
     def embed(self, obs, belief):
         return torch.cat([belief, self.obs_norm(obs)], -1) if self.sees_state else belief
@@ -565,6 +563,11 @@ class BeliefEncoder(nn.Module):
         reward = self.reward_norm(reward.unsqueeze(-1))
         return self.encoder.step(self.action_input(action), self.obs_norm(next_obs), reward, hidden)
 
+    def hiddens(self, batch, tbptt=0):
+        """The encoder's hidden states on whole meta-episodes: actions, next_obs, rewards (T, B, .) -> (T + 1, B, D)."""
+        rewards = self.reward_norm(batch["rewards"].unsqueeze(-1))
+        return self.encoder(self.action_input(batch["actions"]), self.obs_norm(batch["next_obs"]), rewards, tbptt)
+
     def posterior(self, hidden):
         """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
         return self.heads(hidden).chunk(2, -1)
@@ -644,7 +647,12 @@ def imagine(model, m, obs, action, next_obs, args):
             else (None, None)
         )
         out = model.reward_decoder(m[None], *x, model.obs_norm(next_obs)[None])[0, 0, :, 0]
-    return out if args.reward_decoder.startswith("mlp") else 1.1 * out.sigmoid() - 0.1  # of a grid's 1 and -0.1
+    return out if args.reward_decoder.startswith("mlp") else expected_reward(out)
+
+
+def expected_reward(logits):
+    """Grids: of 1 with the probability sigmoid(logits), else -0.1."""
+    return 1.1 * logits.sigmoid() - 0.1
 
 
 def probe_imagination(model, m, test_envs):
@@ -655,7 +663,7 @@ def probe_imagination(model, m, test_envs):
     goals = test_envs.cell(test_envs.task_table.to(m.device))
     model.eval()
     with torch.no_grad():
-        rewards = 1.1 * model.cell_logits(m[None])[0].sigmoid() - 0.1  # (K, cells)
+        rewards = expected_reward(model.cell_logits(m[None])[0])  # (K, cells)
     model.train()
     values = dict(
         best_cell_is_a_test_goal=torch.isin(rewards.argmax(1), goals).float(),
@@ -759,9 +767,7 @@ def elbo(model, batch, args):
 
     batch: obs, next_obs (T, B, S), actions (T, B, .), rewards, alive (T, B). Returns the loss and a dict of its terms.
     """
-    rewards = model.reward_norm(batch["rewards"].unsqueeze(-1))
-    hidden = model.encoder(model.action_input(batch["actions"]), model.obs_norm(batch["next_obs"]), rewards, args.tbptt)
-    mean, logvar = model.posterior(hidden)  # (T + 1, B, Z)
+    mean, logvar = model.posterior(model.hiddens(batch, args.tbptt))  # (T + 1, B, Z)
     if args.kl_to_prior:
         kl = kl_gaussians(mean, logvar, torch.zeros_like(mean), torch.zeros_like(logvar))
     else:  # each posterior is the next one's prior; the first one's is N(0, I)
@@ -1081,23 +1087,35 @@ def make_args_envs(args, num_envs, split, device):
 
 
 def draw_pictures(folder, eval_envs, details, agent, model, args):
-    """Grid worlds: where the decoder thinks the goal is, step by step, with the agent's path, for three goals."""
-    envs = eval_envs["test"]
+    """Grid worlds: the return of every goal (Figure 6), imagined tasks (Figure 4) and, for three goals, where the
+    decoder thinks the goal is, step by step, with the agent's path (Figure 8a)."""
+    envs, folder = eval_envs["test"], Path(folder)
+    if not hasattr(envs, "cell"):
+        return
+    draw_returns(folder / "returns.png", eval_envs, details)
     if args.reward_decoder.startswith("mlp") or not imagines(args):
         return
     names = [envs.tasks[i * len(envs.tasks) // envs.num_envs] for i in range(envs.num_envs)]
     agent.eval(), model.eval()
     data = rollout(envs, agent, model, args, False, names, deterministic=True)
+    train_envs = make_args_envs(args, args.num_envs, "all" if args.oracle else "train", envs.device)
+    played = rollout(train_envs, agent, model, args)
+    train_envs.close()
     with torch.no_grad():
-        rewards = model.reward_norm(data["rewards"].unsqueeze(-1))
-        hidden = model.encoder(model.action_input(data["actions"]), model.obs_norm(data["next_obs"]), rewards)
-        mean, logvar = model.posterior(hidden)  # (T + 1, N, Z)
+        mean, logvar = model.posterior(model.hiddens(data))  # (T + 1, N, Z)
         samples = (mean + (0.5 * logvar).exp() * torch.randn_like(mean) for _ in range(30))
         maps = sum(model.cell_logits(m).sigmoid() for m in samples) / 30  # p(r = 1) in each cell (T + 1, N, cells)
+        mean, logvar = (x[-1] for x in model.posterior(model.hiddens(played)))
+        mixtures = [draw_mixture(args, len(mean), envs.device) for _ in range(5)]
+        alpha = torch.stack([alpha[imagining][0] for _, imagining, alpha in mixtures])  # of one worker each: (5, N, .)
+        m = (alpha * (mean + (0.5 * logvar).exp() * torch.randn_like(mean))).sum(1)  # (1): (5, Z)
+        rewards = expected_reward(model.cell_logits(m[None])[0])  # (5, cells)
+        weights = torch.zeros_like(rewards).index_add(1, envs.cell(played["task"]), alpha.mean(-1))
     agent.train(), model.train()
+    draw_mixed_tasks(folder / "imagined.png", weights.cpu().numpy(), rewards.cpu().numpy(), train_envs)
     for n in range(0, len(names), math.ceil(len(names) / 3)):
         column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
-        file = Path(folder) / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
+        file = folder / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
         draw_grid_belief(file, names[n], column, data["task"][n].cpu().numpy(), maps[:, n].cpu().numpy(), args.horizon)
 
 

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from common.envs import SPLITS, BadInput, make_envs
 from common.gru import GRU
-from common.plot import draw_grid_belief
+from common.plot import draw_grid_belief, draw_returns
 from common.workers import WorkerError
 
 SCRIPT = Path(__file__).stem
@@ -582,6 +582,11 @@ class BeliefModel(nn.Module):
         reward = self.reward_norm(reward.unsqueeze(-1))
         return self.encoder.step(self.action_input(action), self.obs_norm(next_obs), reward, hidden)
 
+    def hiddens(self, batch, tbptt=0):
+        """The encoder's hidden states on whole meta-episodes: actions, next_obs, rewards (T, B, .) -> (T + 1, B, D)."""
+        rewards = self.reward_norm(batch["rewards"].unsqueeze(-1))
+        return self.encoder(self.action_input(batch["actions"]), self.obs_norm(batch["next_obs"]), rewards, tbptt)
+
     def posterior(self, hidden):
         """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
         return self.heads(hidden).chunk(2, -1)
@@ -671,9 +676,7 @@ def elbo(model, batch, args):
 
     batch: obs, next_obs (T, B, S), actions (T, B, .), rewards, alive (T, B). Returns the loss and a dict of its terms.
     """
-    rewards = model.reward_norm(batch["rewards"].unsqueeze(-1))
-    hidden = model.encoder(model.action_input(batch["actions"]), model.obs_norm(batch["next_obs"]), rewards, args.tbptt)
-    mean, logvar = model.posterior(hidden)  # (T + 1, B, Z)
+    mean, logvar = model.posterior(model.hiddens(batch, args.tbptt))  # (T + 1, B, Z)
     if args.kl_to_prior:
         kl = kl_gaussians(mean, logvar, torch.zeros_like(mean), torch.zeros_like(logvar))
     else:  # each posterior is the next one's prior; the first one's is N(0, I)
@@ -958,8 +961,11 @@ def make_args_envs(args, num_envs, split, device):
 
 
 def draw_pictures(folder, eval_envs, details, agent, model, args):
-    """Grid worlds: where the decoder thinks the goal is, step by step, with the agent's path, for three goals."""
-    envs = eval_envs["test"]
+    """Grid worlds: the return of every goal and, for three goals, where the decoder thinks the goal is, step by step,
+    with the agent's path."""
+    envs, folder = eval_envs["test"], Path(folder)
+    if hasattr(envs, "cell"):
+        draw_returns(folder / "returns.png", eval_envs, details)
     if args.reward_decoder != "multihead" or args.no_belief or args.oracle_context:
         return
     names = [envs.tasks[i * len(envs.tasks) // envs.num_envs] for i in range(envs.num_envs)]
@@ -969,12 +975,10 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
     with torch.no_grad():
         mean, logvar = model.moments(data["beliefs"])  # (T + 1, N, Z)
         samples = mean + (0.5 * logvar).exp() * torch.randn(100, *mean.shape, device=mean.device)
-        maps = (
-            model.reward_decoder(samples).sigmoid().mean(0)
-        )  # p(r = 1) in each cell under the belief (T + 1, N, cells)
+        maps = model.reward_decoder(samples).sigmoid().mean(0)  # p(r = 1) under the belief (T + 1, N, cells)
     for n in range(0, len(names), math.ceil(len(names) / 3)):
         column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
-        file = Path(folder) / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
+        file = folder / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
         draw_grid_belief(file, names[n], column, data["task"][n].cpu().numpy(), maps[:, n].cpu().numpy(), args.horizon)
 
 

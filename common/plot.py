@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patches import Ellipse
+from matplotlib.patches import Ellipse, Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common.envs import BadInput
@@ -55,6 +55,62 @@ def draw_grid_belief(file, title, path, goal, maps, horizon):
     figure.suptitle(f"{title}: believed probability of a reward (blue), path (orange), goal (star, green when reached)")
     figure.tight_layout(rect=(0, 0, 0.95, 0.97))
     figure.colorbar(image, cax=figure.add_axes((0.96, 0.1, 0.01, 0.78)))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_cells(axis, values, train, **colours):
+    """A heat map of a grid, values (cells,), nan is white, with a frame around each goal of `train`, environments."""
+    size = round(len(values) ** 0.5)
+    image = axis.imshow(values.reshape(size, size).T, origin="lower", **colours)
+    for x, y in train.task_table.tolist():
+        axis.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, lw=1.5))
+    axis.set_xticks([]), axis.set_yticks([])
+    return image
+
+
+def draw_returns(file, envs, details):
+    """One PNG (Figure 6 of LDM): a grid for each episode, the return of every goal's task in the goal's cell.
+
+    envs: split -> grid environments; details: split -> task -> {"return": [of each episode]}, of `evaluate`.
+    """
+    train = envs.get("train", envs["test"])
+    returns = np.full((train.episodes_per_task, train.num_cells), np.nan)
+    for split, tasks in details.items():
+        cells = envs[split].cell(envs[split].task_table).tolist()
+        for name, task in tasks.items():
+            returns[:, cells[envs[split].tasks.index(name)]] = task["return"]
+    figure, axes = plt.subplots(1, len(returns), figsize=(3.2 * len(returns) + 0.6, 3.6), layout="constrained")
+    low, high = np.nanmin(returns), np.nanmax(returns)
+    for k, (axis, values) in enumerate(zip(np.atleast_1d(axes), returns)):
+        image = draw_cells(axis, values, train, vmin=low, vmax=high, cmap="YlGn")
+        for cell in np.flatnonzero(np.isfinite(values)):
+            x, y = divmod(cell, round(len(values) ** 0.5))
+            shade = "white" if values[cell] > 0.3 * low + 0.7 * high else "black"
+            axis.text(x, y, f"{values[cell]:.0f}", ha="center", va="center", color=shade, fontsize=8)
+        axis.set_title(f"episode {k + 1}: mean {np.nanmean(values):.2f}", fontsize=10)
+    figure.suptitle("return of the task whose goal is this cell (frames: training goals)")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_mixed_tasks(file, weights, rewards, train):
+    """One PNG (Figure 4 of LDM): a column for each mixture, its weights over the training goals' cells, and below them
+    the reward that the decoder draws for each cell, a cross on the largest.
+
+    weights, rewards: (M, cells). train: the training environments.
+    """
+    size = round(rewards.shape[1] ** 0.5)
+    figure, axes = plt.subplots(2, len(weights), figsize=(2.4 * len(weights) + 0.8, 5.4), layout="constrained")
+    edge = np.nanmax(np.abs(weights))
+    for column, alpha, reward in zip(axes.T, weights, rewards):
+        above = draw_cells(column[0], alpha, train, vmin=-edge, vmax=edge, cmap="RdBu_r")
+        below = draw_cells(column[1], reward, train, vmin=-0.1, vmax=1, cmap="Blues")
+        column[1].plot(*divmod(reward.argmax(), size), "x", color="tab:red", ms=10, mew=2)
+    axes[0, 0].set_ylabel("weights of training tasks"), axes[1, 0].set_ylabel("rewards of the mixture")
+    figure.suptitle("imagined tasks (frames: training goals; cross: largest reward)")
+    figure.colorbar(above, ax=axes[0], shrink=0.8), figure.colorbar(below, ax=axes[1], shrink=0.8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

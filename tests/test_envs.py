@@ -102,6 +102,17 @@ def test_splits_are_disjoint(env_id):
             make_envs(wrong, 1, other)
 
 
+@pytest.mark.parametrize("env_id", ["GridWorld", *LDM_GOALS])
+def test_all_splits_in_one(env_id):
+    """The split all, for oracles: the goals of every other split, named and drawn, each once."""
+    envs = make_envs(env_id, 1000, "all")
+    others = sum((make_envs(env_id, 1, split).tasks for split in LDM_GOALS.get(env_id, ["train"])), [])
+    assert sorted(envs.tasks) == sorted(others)
+    assert {tuple(goal) for goal in envs.reset()[1]["task"].tolist()} == {tuple(xy) for xy in envs.task_table.tolist()}
+    with pytest.raises(BadInput, match="all"):
+        make_envs("SparsePointRobot", 1, "all")
+
+
 @pytest.mark.parametrize("split, optimum", [("train", 23.28), ("test", 24.50)])
 def test_known_goal_optimum_of_ldms_grid(split, optimum):
     """Walk to the goal and stay: no episode returns more, since the goal is reached as early as can be."""

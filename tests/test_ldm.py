@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -414,6 +415,44 @@ def test_every_split_is_evaluated(tmp_path):
     tasks = json.loads((tmp_path / "eval.json").read_text())["tasks"]
     assert {split: len(named) for split, named in tasks.items()} == dict(train=16, test=16, test2=13)
     assert list(tmp_path.glob("belief_*.png"))
+
+
+def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
+    """Figure 4: each column's weights are those of (1) and lie on training goals; its rewards are what m^ decodes to."""
+    calls, decoded, cell_logits = [], [], ldm.BeliefModel.cell_logits
+    monkeypatch.setattr(ldm, "draw_mixed_tasks", lambda *words: calls.append(words))
+    monkeypatch.setattr(
+        ldm.BeliefModel, "cell_logits", lambda *words: decoded.append((words[1], cell_logits(*words))) or decoded[-1][1]
+    )
+    run(ldm, tmp_path, "--beta", "1.5", eval_interval=0)
+    (file, weights, rewards, train), (m, logits) = *calls, decoded[-1]
+    assert file == tmp_path / "imagined.png" and train.split == "train" and weights.shape == rewards.shape == (5, 49)
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+    goals = {7 * x + y for x in range(7) for y in range(7) if max(x, y) in (2, 6)}
+    assert {cell for _, cell in np.argwhere(weights)} <= goals
+    assert m.shape[:2] == (1, 5)
+    p = Bernoulli(logits=logits[0]).probs.numpy()
+    np.testing.assert_allclose(rewards, p * 1 + (1 - p) * -0.1, atol=1e-6)
+
+
+def test_oracle(tmp_path, monkeypatch):
+    """--oracle trains on goals of every split; the evaluation's splits stay what they are."""
+    made, rollout = [], ldm.rollout
+    monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    end = run(ldm, tmp_path, "--oracle", eval_interval=0)
+    goals = torch.cat([data["task"] for data in made[: end["iteration"]]])  # evaluation comes after these
+    assert set(goals.amax(1).int().tolist()) == {2, 3, 4, 5, 6}
+    tasks = json.loads((tmp_path / "eval.json").read_text())["tasks"]
+    assert {split: len(named) for split, named in tasks.items()} == dict(train=18, test=27)
+
+
+@pytest.mark.parametrize("probability", [0, 0.5, 1])
+def test_buffer_add(probability, tmp_path):
+    """How often a normal worker's meta-episode is kept; the first iteration's are in any case."""
+    sizes = ["--total-timesteps", "2400", "--buffer-size", "200", "--belief-updates", "1"]
+    end = run(ldm, tmp_path, "--buffer-add", str(probability), *sizes)
+    kept, later = end["processes"][0]["buffer"]["full"] - 2, 2 * (end["iteration"] - 1)
+    assert later == 118 and abs(kept - probability * later) <= (22 if probability == 0.5 else 0)  # 4 deviations
 
 
 @pytest.mark.parametrize("context", ["--no-belief", "--oracle-context"])

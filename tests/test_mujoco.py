@@ -187,6 +187,8 @@ TABLE = {  # (id, rule, split) -> the evaluation tasks, by name
     },
 }
 TABLE["AntGoal", "varibad", "train"] = TABLE["AntGoal", "ldm", "train"] | TABLE["AntGoal", "ldm", "test"]
+for i in ("AntDir", "AntGoal"):
+    TABLE[i, "ldm", "all"] = TABLE[i, "ldm", "train"] | TABLE[i, "ldm", "test"]
 TABLE |= {(i, "varibad", "test"): tasks for (i, rule, _), tasks in TABLE.items() if rule == "varibad"}
 
 
@@ -221,16 +223,23 @@ def parameters(env_id, split, rule):
     return (radius, angle) if env_id == "AntGoal" else (angle.round(3) % 360, radius)
 
 
-@pytest.mark.parametrize("rule, split", [("varibad", "train"), ("varibad", "test"), ("ldm", "train"), ("ldm", "test")])
+@pytest.mark.parametrize(
+    "rule, split", [("varibad", "train"), ("varibad", "test"), ("ldm", "train"), ("ldm", "test"), ("ldm", "all")]
+)
 def test_drawn_tasks(rule, split):
     """Drawn from all of the set and nothing beyond it, uniformly: in velocity, direction and area."""
     train, test = rule == "ldm" and split == "train", rule == "ldm" and split == "test"
     v, _ = parameters("HalfCheetahVel", split, rule)
-    edges = [0, 0.25, 0.5, 3, 3.25, 3.5] if train else np.linspace(0.5 if test else 0, 3, 6)
+    edges = (
+        [0, 0.25, 0.5, 3, 3.25, 3.5]
+        if train
+        else np.linspace(*((0.5, 3) if test else (0, 3.5) if split == "all" else (0, 3)), 6)
+    )
     check_uniform(np.histogram(v, edges)[0], empty=[2] if train else [])
     degrees, ones = parameters("AntDir", split, rule)
     found, counts = np.unique(degrees, return_counts=True)
-    assert found.tolist() == ([0, 90, 180, 270] if train else [45, 135, 225, 315] if test else [0, 180])
+    directions = {"train": [0, 90, 180, 270], "test": [45, 135, 225, 315], "all": [*range(0, 360, 45)]}
+    assert found.tolist() == (directions[split] if rule == "ldm" else [0, 180])
     check_uniform(counts)
     np.testing.assert_allclose(ones, 1, rtol=1e-6)
     radius, angle = parameters("AntGoal", split, rule)
