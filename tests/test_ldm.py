@@ -418,20 +418,24 @@ def test_every_split_is_evaluated(tmp_path):
 
 
 def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
-    """Figure 4: each column's weights are those of (1) and lie on training goals; its rewards are what m^ decodes to."""
-    calls, decoded, cell_logits = [], [], ldm.BeliefModel.cell_logits
+    """Figure 4: each column's weights are those of (1), at the workers' goals; its rewards are those of m^."""
+    calls, made = [], {}
     monkeypatch.setattr(ldm, "draw_mixed_tasks", lambda *words: calls.append(words))
-    monkeypatch.setattr(
-        ldm.BeliefModel, "cell_logits", lambda *words: decoded.append((words[1], cell_logits(*words))) or decoded[-1][1]
-    )
-    run(ldm, tmp_path, "--beta", "1.5", eval_interval=0)
-    (file, weights, rewards, train), (m, logits) = *calls, decoded[-1]
-    assert file == tmp_path / "imagined.png" and train.split == "train" and weights.shape == rewards.shape == (5, 49)
+    for owner, name in ((ldm.BeliefModel, "cell_logits"), (ldm, "draw_mixture"), (ldm, "rollout")):
+        function, log = getattr(owner, name), made.setdefault(name, [])
+        monkeypatch.setattr(owner, name, lambda *a, f=function, log=log, **b: log.append((a, f(*a, **b))) or log[-1][1])
+    run(ldm, tmp_path, "--beta", "1.5", "--mix-dimensions", eval_interval=0)
+    (file, weights, rewards, train) = calls[0]
+    assert file == tmp_path / "imagined.png" and train.split == "train"
+    goals = made["rollout"][-1][1]["task"].int().tolist()
+    expected = np.zeros((5, 49))
+    for column, (_, (_, imagining, alpha)) in zip(expected, made["draw_mixture"][-5:]):
+        worker = imagining.nonzero()[0]
+        for (x, y), weight in zip(goals, alpha[worker][0].mean(-1).tolist()):
+            column[7 * x + y] += weight
+    np.testing.assert_allclose(weights, expected, atol=1e-6)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
-    goals = {7 * x + y for x in range(7) for y in range(7) if max(x, y) in (2, 6)}
-    assert {cell for _, cell in np.argwhere(weights)} <= goals
-    assert m.shape[:2] == (1, 5)
-    p = Bernoulli(logits=logits[0]).probs.numpy()
+    p = Bernoulli(logits=made["cell_logits"][-1][1][0]).probs.numpy()
     np.testing.assert_allclose(rewards, p * 1 + (1 - p) * -0.1, atol=1e-6)
 
 

@@ -23,8 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dme
+import ldm
 import varibad
 from common.envs import BadInput, make_envs
+from tests import test_ldm
 from tests.test_belief import SCRIPTS, random_batch, setup, signals  # noqa: F401
 from tests.test_scripts import ALL, TINY, command, metrics, run, same
 
@@ -374,7 +376,7 @@ def test_track(script, tmp_path, monkeypatch):
 
 
 def gradients_of(script, s, data, batch):
-    """Gradients of one PPO minibatch and of one ELBO, for this process's data; they come out of `descend`."""
+    """Gradients of one step of PPO or A2C and of one ELBO, for this process's data; they come out of `descend`."""
     found = []
 
     class Recorder:
@@ -387,7 +389,8 @@ def gradients_of(script, s, data, batch):
             found.append({n: p.grad.clone() for n, p in self.module.named_parameters() if p.grad is not None})
 
     s.agent.obs_norm.update(data["obs"].flatten(0, 1), data["alive"].flatten())
-    script.ppo_update(s.agent, Recorder(s.agent), data, 0.01, s.args)
+    update = script.a2c_update if getattr(s.args, "rl", "ppo") == "a2c" else script.ppo_update
+    update(s.agent, Recorder(s.agent), data, 0.01, s.args)
     buffer = types.SimpleNamespace(sample=lambda n: dict(batch))
     script.update_belief(s.model, Recorder(s.model), buffer, *[0.0] * (script is dme), s.args)
     return found
@@ -395,19 +398,21 @@ def gradients_of(script, s, data, batch):
 
 def joined(script, env_id):
     """Arguments and networks, an iteration's data of four environments and a batch, with early ends."""
-    s = setup(script, env_id, num_envs=4, update_epochs=1, belief_batch=4, **(dict(state_coef=1.0, elbo_terms=0)))
+    sizes = dict(num_envs=4, update_epochs=1, belief_batch=4, state_coef=1.0, elbo_terms=0, decoder_dropout=0.0)
+    s = test_ldm.setup(env_id, **sizes) if script is ldm else setup(script, env_id, **sizes)
     torch.manual_seed(5)
     batch, data = random_batch(s, B=4), random_batch(s, B=4)
     T = s.envs.meta_horizon
     data |= dict(logprobs=torch.randn(T, 4) - 1.5, values=torch.randn(T + 1, 4), advantages=torch.randn(T, 4))
-    data |= dict(returns=torch.randn(T, 4), beliefs=torch.randn(T + 1, 4, sum(s.model.belief_sizes)))
+    data |= dict(returns=torch.randn(T, 4), beliefs=torch.randn(T + 1, 4, sum(s.agent.belief_sizes)))
+    data |= dict(acted_on=data["next_obs"])
     return s, data, batch
 
 
 def one_rank(rank, path, name, env_id):
     """A process of two: one environment, and the other three."""
     torch.set_num_threads(1)
-    script = {"varibad": varibad, "dme": dme}[name]
+    script = sys.modules[name]
     s, data, batch = joined(script, env_id)
     dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
     torch.randn_like = torch.zeros_like  # samples at their mean: the same whoever draws
@@ -417,7 +422,7 @@ def one_rank(rank, path, name, env_id):
     dist.destroy_process_group()
 
 
-@SCRIPTS
+@ALL
 @pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot"])
 def test_gradient_of_two_processes(script, env_id, tmp_path, monkeypatch):
     """Gradients, normalisers: two processes with a quarter and the rest of the data, and one with all of it."""
