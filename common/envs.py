@@ -53,6 +53,7 @@ FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10
     "GridWorld": "common.gridworld:GridWorld",
     "GridWorldLDM": "common.gridworld:GridWorldLDM",
     "GridWorldExtrapolation": "common.gridworld:GridWorldExtrapolation",
+    "GridWorldAlternating": "common.gridworld:GridWorldAlternating",
     "SparsePointRobot": "common.pointrobot:SparsePointRobot",
     "HalfCheetahVel": "common.locomotion:HalfCheetahVel",
     "HalfCheetahDir": "common.locomotion:HalfCheetahDir",
