@@ -643,22 +643,30 @@ class BeliefModel(nn.Module):
     @torch.no_grad()
     def find_sessions(self, x, ends):
         """Of embedded meta-episodes x (T, B, E) and their true session ends (T, B): what conditions each transition,
-        (T, B, 2 Z), and the ends that --train-boundaries chooses. They are data: no gradient flows through them."""
+        (T, B, 2 Z), and the ends that --train-boundaries chooses. They are data: no gradient flows through them.
+
+        Between steps at which a session of the batch ends nothing conditions anew, and the GRU runs in one piece.
+        """
         (T, B), choice = ends.shape, self.args.train_boundaries
-        if choice != "gt":
-            guessed = torch.rand(B, device=x.device) < (0.5 if choice == "mixed" else 1.0)
-            ends = ends.clone()
         hidden = x.new_zeros(B, self.encoder.gru.hidden_size)
         condition = x.new_zeros(B, 2 * self.args.latent_dim)
         conditions = x.new_zeros(T, B, 2 * self.args.latent_dim)
-        if choice == "gt" and not self.prior:
-            return conditions, ends
-        for t in range(T):
-            conditions[t] = condition
-            hidden = self.encoder.step(x[t], condition, hidden)
-            if choice != "gt" and t + 1 < T:
+        if choice == "gt":
+            edges = ends[:-1].any(1).tolist() if self.prior else []
+        else:
+            edges, ends = [True] * (T - 1), ends.clone()
+            guessed = torch.rand(B, device=x.device) < (0.5 if choice == "mixed" else 1.0)
+        start = 0
+        for t in (t for t, edge in enumerate(edges) if edge):
+            conditions[start : t + 1] = condition
+            hidden = self.encoder.gru(self.encoder.mix(x[start : t + 1], conditions[start : t + 1]), hidden[None])[0][
+                -1
+            ]
+            if choice != "gt":
                 ends[t] = torch.where(guessed, self.terminates(hidden), ends[t])
             _, condition, hidden = self.next_session(ends[t], self.belief(hidden), condition, hidden)
+            start = t + 1
+        conditions[start:] = condition
         return conditions, ends
 
     def moments(self, belief):
@@ -1024,8 +1032,8 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
                 hidden = model.step(action, seen, reward, condition, hidden)
                 belief = model.belief(hidden, deterministic)
                 data["predicted_end"][t] = ended = model.terminates(hidden)
-                if t + 1 < T:  # there is no next session else
-                    ended = data["session_end"][t] if args.oracle_terminations else ended
+                ended = data["session_end"][t] if args.oracle_terminations else ended
+                if t + 1 < T and (device.type != "cpu" or ended.any()):  # to look would make a GPU wait
                     belief, condition, hidden = model.next_session(ended, belief, condition, hidden)
         data["session_end"][-1] = True
         data["contexts"] = torch.stack(contexts[:T])
