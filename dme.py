@@ -67,7 +67,8 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 class Args:
     # experiment
     # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
-    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory.
+    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating, Reacher,
+    # HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions.
     env_id: str = "GridWorld"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
@@ -276,7 +277,7 @@ def check_args(args):
             raise BadInput(f"{flag(name)} must be above 0, not {getattr(args, name)}")
     for name in (
         "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
-        "belief_warmup obs_shift horizon episodes_per_task "
+        "belief_warmup obs_shift horizon episodes_per_task sessions "
         "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef beta_w beta_y "
         "beta_z"
     ).split():

@@ -59,6 +59,10 @@ FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10
     "HalfCheetahDir": "common.locomotion:HalfCheetahDir",
     "AntDir": "common.locomotion:AntDir",
     "AntGoal": "common.locomotion:AntGoal",
+    "Reacher": "common.locomotion_sessions:Reacher",
+    "HalfCheetahDirSessions": "common.locomotion_sessions:HalfCheetahDirSessions",
+    "HalfCheetahVelSessions": "common.locomotion_sessions:HalfCheetahVelSessions",
+    "HalfCheetahWindVelSessions": "common.locomotion_sessions:HalfCheetahWindVelSessions",
 }
 
 

@@ -79,10 +79,11 @@ class GridWorldExtrapolation(GridWorldLDM):
 class GridWorldAlternating(Sessions, TensorEnvs):
     """5x5, episodes of 60 steps: two goals that the agent sees, one of which gives + 1 in a session, all else - 0.1.
 
-    obs (6): x, y of the agent, then of the two goals in random order, each / 4 - 0.5. The goals are two of GridWorld's
-    21, other ones in each task; which of them counts is fair at first, and from a session to the next changes with
-    probability 0.8. A session begins at (0, 0) (ours; the best possible return, 42.47, is then the paper's 42.9 +- 0.5).
-    task (6): the goals' cells, and context (2): the cell of the one that counts. 512 evaluation tasks, fixed draws.
+    obs (6): x, y of the agent, then of the two goals in random order, each / 4 - 0.5 (the scale is ours). The goals are
+    two of GridWorld's 21, the same for a whole task; which of them counts is fair at first, and from a session to the
+    next changes with probability 0.8. A session begins at (0, 0) (ours: the best possible return is then 42.47, and the
+    paper reaches 42.9 +- 0.5). context (2): the cell of the goal that counts; task: the cells of both (4), then the
+    context. 512 evaluation tasks, fixed draws.
 
     other_goal_reward: of the goal that does not count: - 0.1 in the appendix, 0 in section 5.
     """
