@@ -1,0 +1,440 @@
+"""DynaMITE-RL: the loss of sessions of uneven length, rollouts and their metrics against plain loops and variBAD."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+import dynamite_rl
+import varibad
+from tests.test_belief import gradients, signals  # noqa: F401
+from tests.test_scripts import TINY, command, resume_equals_straight, run
+
+torch.set_num_threads(1)
+VARIBAD = dict(  # what switches all off
+    no_consistency=True, no_conditioning=True, no_session_reconstruction=True, kl="sequential", encoder_obs="pre",
+    termination_coef=0.0, encoder_layers=(),
+)  # fmt: skip
+
+
+def setup(env_id="GridWorldAlternating", script=dynamite_rl, **changes):
+    """Tiny arguments, environments, belief model and agent."""
+    tiny = dict(
+        num_envs=5, horizon=12, episodes_per_task=1, num_minibatches=1, hidden_dim=6, latent_dim=3, policy_layers=(8,),
+        decoder_layers=(7,), state_embed=3, reward_embed=4, action_embed=2, buffer_size=20, session_process="poisson",
+        elbo_terms=0, decode_terms=0,
+    )  # fmt: skip
+    tiny |= dict(encoder_layers=(6,), condition_embed=4, prior_layers=(5,)) if script is dynamite_rl else {}
+    args = script.Args(**(script.PRESETS[env_id] | tiny | dict(env_id=env_id) | changes))
+    script.check_args(args)
+    envs = script.make_args_envs(args, args.num_envs, "train", "cpu")
+    torch.manual_seed(0)
+    model = script.BeliefModel(args, envs)
+    agent = script.Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, model.belief_sizes)
+    return SimpleNamespace(args=args, envs=envs, model=model, agent=agent)
+
+
+def stored(s, B=4):
+    """A batch of meta-episodes with sessions of uneven length, one with a single session, one with some of one step."""
+    data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
+    T = s.envs.meta_horizon
+    data["rewards"] = torch.where(torch.rand(T, 5) < 0.3, 1.0, -0.1)
+    ends = torch.rand(T, 5) < 0.3
+    ends[:, 0], ends[2:5, 1], ends[-1] = False, True, True
+    data["alive"][T - 2 :, 2] = False
+    data["session_end"] = ends
+    return {name: data[name][:, :B] for name in dynamite_rl.Buffer.NAMES}
+
+
+def shake(s):
+    """Weights large enough that beliefs differ from step to step, and that some three in ten end a session."""
+    generator, logits = torch.Generator().manual_seed(3), []
+    with torch.no_grad():
+        for p in s.model.parameters():
+            p.normal_(0, 0.4, generator=generator)
+        s.model.encoder.gru.weight_ih_l0 *= 4
+        s.model.heads.weight *= 2
+        s.model.termination.weight *= -1  # few ends at the beginning
+    handle = s.model.termination.register_forward_hook(lambda _, __, out: logits.append(out.flatten()))
+    dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
+    handle.remove()
+    s.model.termination.bias.data -= torch.cat(logits).quantile(0.7)
+
+
+def normal(mean, logvar):
+    return Normal(mean, logvar.exp().sqrt())
+
+
+def kl(p, q):
+    return kl_divergence(p, q).sum()
+
+
+def loop(s, batch, ends):
+    """Each term of the loss, one transition, belief and meta-episode at a time: sums, and what they are divided by."""
+    model, args, encoder = s.model, s.args, s.model.encoder
+    T, B = batch["rewards"].shape
+    zero, unit = torch.zeros(args.hidden_dim), Normal(torch.zeros(3), torch.ones(3))
+    sums = dict(reward=0, kl=0, consistency=0, termination=0, pairs=0, beliefs=0, known=0)
+
+    def heads(hidden):
+        mean, logvar = model.heads(hidden).split(3, -1)
+        return normal(mean, logvar.clamp(-8, 4))
+
+    for b in range(B):
+        obs, action, next_obs, reward, alive, true_end = (
+            batch[name][:, b] for name in ("obs", "actions", "next_obs", "rewards", "alive", "session_end")
+        )
+        hidden, condition, session = zero, torch.zeros(6), 0
+        beliefs = [(0, heads(hidden), True)]  # session, belief, whether it counts
+        chain = [(heads(hidden), unit)]  # beside the belief before
+        of_session, priors = [[]], [unit]
+        for t in range(T):
+            seen = obs[t + 1] if args.encoder_obs == "post" and t + 1 < T else next_obs[t]
+            parts = [encoder.embeds["state"](seen), encoder.embeds["reward"](reward[t : t + 1])]
+            x = torch.cat([*parts, encoder.embeds["action"](F.one_hot(action[t], 5).float())]).relu()
+            if not args.no_conditioning:
+                x = torch.cat([x, encoder.condition(condition).relu()])
+            for layer in encoder.layers:
+                x = layer(x)
+            weights = encoder.gru.weight_ih_l0, encoder.gru.weight_hh_l0, encoder.gru.bias_ih_l0, encoder.gru.bias_hh_l0
+            hidden = torch.gru_cell(x[None], hidden[None], *weights)[0]
+            belief, logit = heads(hidden), model.termination(hidden)[0]
+            chain.append((belief, beliefs[-1][1] if len(beliefs) else unit))
+            beliefs.append((session, belief, bool(alive[t])))
+            of_session[-1].append((belief, bool(alive[t])))
+            if alive[t] and t + 1 < T:
+                sums["known"] += 1
+                if args.term_loss == "bce":
+                    sums["termination"] += -Bernoulli(logits=logit).log_prob(true_end[t].float())
+                else:
+                    rate = torch.tensor(s.envs.sessions / s.envs.horizon)
+                    sums["termination"] += kl_divergence(Bernoulli(logits=logit), Bernoulli(rate))
+            if ends[t, b] and t + 1 < T:
+                session += 1
+                condition = torch.cat([belief.mean, belief.variance.log()]).detach()
+                if args.reset_hidden_at_session:
+                    hidden = zero
+                of_session.append([])
+                if args.no_conditioning:
+                    priors.append(unit)
+                    if args.reset_hidden_at_session:
+                        beliefs.append((session, heads(zero), False))
+                        chain.append((heads(zero), unit))
+                else:
+                    mean, logvar = model.prior(condition).split(3)
+                    priors.append(normal(mean, logvar.clamp(-8, 4)))
+                    beliefs.append((session, priors[-1], True))
+                    chain.append((priors[-1], priors[-1]))
+        number = (ends[:, b].cumsum(0) - ends[:, b].int()).tolist()
+        last = {k: [q for j, q, _ in beliefs if j == k][-1] for k in range(session + 1)}
+        for (k, q, counts), (_, before) in zip(beliefs, chain):
+            if not counts:
+                continue
+            sums["beliefs"] += 1
+            if args.kl == "sequential":
+                sums["kl"] += kl(q, before)
+            elif args.kl == "session" or (q is last[k] and q is not beliefs[0][1]):
+                sums["kl"] += kl(q, priors[k])
+            m = q.mean + q.stddev  # the noise is 1
+            for i in range(T):
+                if alive[i] and (args.no_session_reconstruction or number[i] == k):
+                    y = [model.reward_decoder.embed_state(v[i]) for v in (obs, next_obs)]
+                    y = torch.cat([*y, model.reward_decoder.embed_action(F.one_hot(action[i], 5).float())]).relu()
+                    sums["reward"] += (model.reward_decoder.net(torch.cat([m, y]))[0] - reward[i]) ** 2
+                    sums["pairs"] += 1
+        for posteriors in of_session:
+            final = posteriors[-1][0]
+            if args.consistency_detach:
+                final = Normal(final.mean.detach(), final.stddev.detach())
+            for (q, _), (after, counts) in zip(posteriors, posteriors[1:]):
+                sums["consistency"] += counts * (kl(after, final) - kl(q, final)).clamp(min=0)
+    return sums
+
+
+CASES = [
+    {},
+    dict(kl="final-only", consistency_detach=True),
+    dict(kl="sequential", encoder_obs="pre"),
+    dict(reset_hidden_at_session=True, term_loss="kl"),
+    dict(no_session_reconstruction=True),
+    dict(no_conditioning=True),
+    dict(no_conditioning=True, kl="sequential", reset_hidden_at_session=True),
+    dict(no_consistency=True, train_boundaries="pred"),
+    dict(train_boundaries="pred", no_conditioning=True, reset_hidden_at_session=True, encoder_layers=()),
+]
+
+
+@pytest.mark.parametrize("changes", CASES, ids=lambda changes: " ".join(changes) or "default")
+def test_elbo_equals_a_loop(changes, monkeypatch):
+    """Value, terms and gradients, over sessions of uneven length, some steps of them idle."""
+    s = setup(**changes, kl_coef=0.1, consistency_coef=0.3, termination_coef=0.2)
+    shake(s)
+    batch = stored(s)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    found, split = [], dynamite_rl.split_sessions
+    monkeypatch.setattr(dynamite_rl, "split_sessions", lambda ends: found.append(ends) or split(ends))
+    loss, terms = dynamite_rl.elbo(s.model, batch, s.args)
+    predicted = s.args.train_boundaries == "pred"
+    assert torch.equal(found[0], batch["session_end"]) != predicted
+    assert not predicted or 3 < found[0][:-1].sum() < 41
+    sums = loop(s, batch, found[0])
+    expected = dict(reward=sums["reward"] / sums["pairs"], kl=sums["kl"] / sums["beliefs"])
+    expected |= dict(consistency=sums["consistency"] / sums["beliefs"], termination=sums["termination"] / sums["known"])
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, atol=1e-5, rtol=1e-4)
+        assert value > 1e-3, name
+    total = expected["reward"] + 0.1 * expected["kl"] + 0.2 * expected["termination"]
+    total = total + 0.3 * expected["consistency"] * (not s.args.no_consistency)
+    torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-4)
+    ours, theirs = gradients(loss, s.model), gradients(total, s.model)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+    assert all(g.any() for g in ours.values())
+
+
+def test_all_off_is_varibad(monkeypatch):
+    """Without the three changes, the sequential KL and variBAD's inputs: its loss, its terms and its gradients."""
+    s, theirs = setup(**VARIBAD, kl_coef=0.1), setup(script=varibad, kl_coef=0.1)
+    batch = stored(s)
+    missing, unexpected = s.model.load_state_dict(theirs.model.state_dict(), strict=False)
+    assert not unexpected and {name.split(".")[0] for name in missing} == {"termination"}
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    loss, terms = dynamite_rl.elbo(s.model, batch, s.args)
+    expected, its = varibad.elbo(theirs.model, batch, theirs.args)
+    torch.testing.assert_close(loss, expected)
+    for name in ("reward", "kl"):
+        torch.testing.assert_close(terms[name], its[name])
+    ours = gradients(loss, s.model)
+    assert not ours.pop("termination.weight").any() and not ours.pop("termination.bias").any()
+    torch.testing.assert_close(ours, gradients(expected, theirs.model), atol=1e-6, rtol=1e-4)
+    for name in VARIBAD:  # each of the switches matters
+        if name not in ("encoder_layers", "no_consistency"):
+            args = dynamite_rl.Args(**(vars(s.args) | {name: getattr(dynamite_rl.Args, name)}))
+            if name != "no_conditioning":
+                other = dynamite_rl.elbo(s.model, batch, args)[0]
+                assert not torch.isclose(other, loss, rtol=1e-4), name
+
+
+def test_all_off_acts_as_varibad():
+    """The beliefs of a rollout, too, whatever ends are predicted."""
+    s, theirs = setup(**VARIBAD), setup(script=varibad)
+    s.model.load_state_dict(theirs.model.state_dict(), strict=False)
+    torch.nn.init.constant_(s.model.termination.bias, 5.0)
+    data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
+    batch = {name: data[name] for name in varibad.Buffer.NAMES}
+    expected = theirs.model.belief(theirs.model.hiddens(batch))
+    torch.testing.assert_close(data["beliefs"], expected, atol=1e-6, rtol=1e-5)
+    assert data["predicted_end"].all()
+
+
+def test_worked_vector():
+    """Two sessions of three beliefs with deviation 1: D = 2, 4.5, 0 and 1.125, 0.5, 0, so the sum of (4) is 2.5; 18 of
+    the 36 pairs of belief and transition lie in one session."""
+    mean = torch.tensor([[0.0, -1.0, 2.0], [0.5, 0.0, -1.0]]).T.unsqueeze(-1)  # (L, J, Z)
+    rise = dynamite_rl.consistency(mean, torch.zeros_like(mean), torch.tensor([3, 3]), dynamite_rl.Args())
+    torch.testing.assert_close(rise, torch.tensor([[0.0, 0.0], [2.5, 0.0], [0.0, 0.0]]))
+    ends = torch.tensor([[False, False, True, False, False, True]]).T
+    first, length, column, longest = dynamite_rl.split_sessions(ends)
+    assert (first.tolist(), length.tolist(), column.tolist(), longest) == ([0, 3], [3, 3], [0, 0], 3)
+    assert (length**2).sum() == 18
+
+
+def test_presets_weights():
+    """On the grid's four sessions of 15 steps: the paper's sums, 1 R + 0.01 KL + 0.5 C + T, over the number of pairs; T
+    is a mean of 59 steps times 60, as the end of a meta-episode is known."""
+    s = setup(horizon=60, session_process="fixed", **{
+        name: getattr(dynamite_rl.Args, name) for name in ("kl_coef", "consistency_coef", "termination_coef")
+    })  # fmt: skip
+    data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
+    batch = {name: data[name][:, :2] for name in dynamite_rl.Buffer.NAMES}
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch, "randn_like", torch.ones_like)
+        loss, _ = dynamite_rl.elbo(s.model, batch, s.args)
+        sums = loop(s, batch, batch["session_end"])
+    assert sums["pairs"] == 2 * 4 * 16 * 15 and sums["known"] == 2 * 59
+    total = sums["reward"] + 0.01 * sums["kl"] + 0.5 * sums["consistency"] + sums["termination"] * 60 / 59
+    torch.testing.assert_close(loss, total / sums["pairs"], rtol=1e-4, atol=1e-6)
+
+
+def test_conditions_carry_no_gradient():
+    """c and the ends are data: nothing but p(m' | m)'s own weights and the encoder's embedding learns from them."""
+    s = setup()
+    batch = stored(s)
+    x = s.model.embed(batch["actions"], batch["next_obs"], batch["rewards"])
+    conditions, ends = s.model.find_sessions(x, batch["session_end"])
+    assert not conditions.requires_grad and torch.equal(ends, batch["session_end"])
+    assert not conditions[0].any() and conditions[-1, 1].any() and not conditions[:, 0].any()
+
+
+def test_mixed_boundaries():
+    """--train-boundaries mixed: some meta-episodes with true ends, some with predicted ones."""
+    s = setup(train_boundaries="mixed")
+    torch.nn.init.constant_(s.model.termination.bias, 9.0)  # always
+    ends = torch.zeros(12, 400, dtype=torch.bool)
+    ends[-1] = True
+    found = s.model.find_sessions(torch.randn(12, 400, 9).relu(), ends)[1]
+    assert found[-1].all() and (found.sum(0) == 12).logical_or(found.sum(0) == 1).all()
+    assert abs((found.sum(0) == 12).float().mean() - 0.5) < 0.1 and ends[:-1].sum() == 0
+
+
+# ---------- Rollouts ----------
+
+
+@pytest.mark.parametrize("boundary_belief", ["predict", "stale", "initial"])
+@pytest.mark.parametrize("changes", [{}, dict(oracle_terminations=True, encoder_obs="pre"), dict(
+    reset_hidden_at_session=True)], ids=["predicted", "oracle", "reset"])  # fmt: skip
+@torch.no_grad()
+def test_rollout_is_algorithm_3(boundary_belief, changes):
+    """Environment by environment and step by step: what the policy saw, out of what was stored."""
+    s = setup(boundary_belief=boundary_belief, **changes)
+    shake(s)
+    data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
+    used = data["session_end"] if s.args.oracle_terminations else data["predicted_end"]
+    assert 3 < used[:-1].sum() < 50 and not torch.equal(data["session_end"], data["predicted_end"])
+    for n in range(5):
+        hidden, condition = torch.zeros(1, 6), torch.zeros(1, 6)
+        start = belief = torch.cat(s.model.posterior(hidden), -1)
+        for t in range(12):
+            torch.testing.assert_close(data["beliefs"][t, n], belief[0], atol=1e-5, rtol=1e-4)
+            follows = s.args.encoder_obs == "post" and t < 11
+            seen = data["obs"][t + 1, n] if follows else data["next_obs"][t, n]
+            inputs = data["actions"][t, n : n + 1], seen[None], data["rewards"][t, n : n + 1]
+            hidden = s.model.step(*inputs, condition, hidden)
+            belief = torch.cat(s.model.posterior(hidden), -1)
+            assert bool(torch.sigmoid(s.model.termination(hidden)) > 0.5) == data["predicted_end"][t, n]
+            if used[t, n] and t < 11:
+                condition = belief
+                prior = s.model.prior(condition)
+                belief = dict(predict=prior, stale=belief, initial=start)[boundary_belief]
+                hidden = torch.zeros(1, 6) if s.args.reset_hidden_at_session else hidden
+        torch.testing.assert_close(data["beliefs"][12, n], belief[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_loss_and_rollout_agree():
+    """With true ends in both, the loss's beliefs are those on which the policy acted."""
+    s, seen = setup(oracle_terminations=True), []
+    data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
+    with pytest.MonkeyPatch.context() as patch:
+        draw = dynamite_rl.draw_posteriors
+        patch.setattr(dynamite_rl, "draw_posteriors", lambda *a: seen.append(a[1:]) or draw(*a))
+        dynamite_rl.elbo(s.model, {name: data[name] for name in dynamite_rl.Buffer.NAMES}, s.args)
+    (mean, logvar, real), j = seen[0], 0
+    for n in range(5):
+        starts = [0, *(data["session_end"][:, n].nonzero()[:, 0] + 1).tolist()]
+        for first, after in zip(starts, starts[1:]):
+            length = after - first
+            belief = torch.cat([mean, logvar], -1)[:length, j]  # the last one is not acted upon
+            torch.testing.assert_close(belief, data["beliefs"][first:after, n], atol=1e-5, rtol=1e-4)
+            assert real[: length + 1, j].all() and not real[length + 1 :, j].any()
+            j += 1
+    assert j == mean.shape[1] == data["session_end"].sum()
+
+
+def test_terminations_and_returns_of_sessions():
+    """Precision, recall and each session's return, against a count by hand; the last step of all is no prediction."""
+    ends = torch.tensor([[0, 1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 1]]).bool().T
+    guess = torch.tensor([[1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]]).bool().T
+    rewards = torch.tensor([[1, 2, 4, 8, 16, 32], [1, 1, 1, 1, 3, 3]]).float().T
+    data = dict(session_end=ends, predicted_end=guess, rewards=rewards)
+    found = dynamite_rl.session_rates(dynamite_rl.session_sums(data), "x")
+    # sessions: 3, 28, 32 and 4, 6; three known ends, of which two were found by three guesses
+    assert found == pytest.approx({
+        "x/termination_precision": 2 / 3, "x/termination_recall": 2 / 3, "x/return_session_1": 3.5,
+        "x/return_session_2": 17, "x/return_session_3": 32,
+    })  # fmt: skip
+    alone = dynamite_rl.session_rates(dynamite_rl.session_sums(data, slice(1, 2)), "x")
+    assert alone["x/termination_recall"] == 1 and alone["x/return_session_1"] == 4 and "x/return_session_3" not in alone
+    many = dict(
+        session_end=torch.ones(30, 1).bool(), predicted_end=torch.zeros(30, 1).bool(), rewards=torch.ones(30, 1)
+    )
+    found = dynamite_rl.session_rates(dynamite_rl.session_sums(many), "x")
+    assert [k for k in found if "return" in k] == [f"x/return_session_{k}" for k in range(1, 11)]
+    assert (
+        found["x/return_session_10"] == 1
+        and found["x/termination_recall"] == 0
+        and "x/termination_precision" not in found
+    )
+
+
+def test_oracle_sees_the_context(tmp_path, monkeypatch):
+    """--oracle-context: the cell of the goal that counts at each step, not the meta-episode's task."""
+    made, rollout = [], dynamite_rl.rollout
+    monkeypatch.setattr(dynamite_rl, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    run(dynamite_rl, tmp_path, "--oracle-context", "--session-process", "poisson")
+    for data in made:
+        assert data["beliefs"].shape[2] == 2 and torch.equal(data["beliefs"][:-1], data["contexts"])
+        hit = (data["next_obs"][..., :2] == data["contexts"] / 4 - 0.5).all(-1)
+        assert torch.equal(hit, data["rewards"] == 1)
+    assert any((data["contexts"][0] != data["contexts"][4]).any() for data in made)
+
+
+def test_ppo_losses():
+    """The clipped value loss against a loop, and the norms of actor and critic, clipped apart or together."""
+    s = setup(value_loss="clipped", update_epochs=1, max_grad_norm=1e-3)
+    data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
+    with torch.no_grad():
+        data["logprobs"], _, value = s.agent(data["obs"], data["beliefs"][:-1], data["actions"])
+    data["values"] = torch.cat([value + torch.randn_like(value), value[:1]])
+    data["advantages"], data["returns"] = torch.randn(2, 12, 5)
+    norms = []
+    for joint in (False, True):
+        s.args.joint_clip = joint
+        terms = dynamite_rl.ppo_update(s.agent, torch.optim.SGD(s.agent.parameters(), 0.0), data, 0.01, s.args)
+        norms.append([sum(p.grad.square().sum() for p in net.parameters()) for net in (s.agent.actor, s.agent.critic)])
+    expected = 0
+    for v, old, target in zip(value.flatten(), data["values"][:-1].flatten(), data["returns"].flatten()):
+        near = min(max(v, old - 0.2), old + 0.2)
+        expected += max((v - target) ** 2, (near - target) ** 2) / 2 / 60
+    torch.testing.assert_close(terms["value"], expected)
+    assert norms[0] == pytest.approx([1e-6, 1e-6], rel=1e-2) and sum(norms[1]) == pytest.approx(1e-6, rel=1e-2)
+
+
+# ---------- Runs ----------
+
+
+HARD = [
+    "--session-process poisson --train-boundaries mixed --elbo-terms 3 --decode-terms 2 --seed 3",
+    "--session-process bernoulli --reset-hidden-at-session --no-session-reconstruction --decoder-dropout 0.2",
+    "--env-id SparsePointRobot --tbptt 5 --encoder-obs pre --oracle-terminations --state-coef 1",
+]
+
+
+@pytest.mark.parametrize("words", HARD)
+def test_resume(words, tmp_path):
+    resume_equals_straight(dynamite_rl, tmp_path, *words.split())
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ("--encoder-layers 8 0", "--encoder-layers"),
+        ("--prior-layers 0", "--prior-layers"),
+        ("--logvar-min 1", "--logvar-min"),
+        ("--consistency-coef -1", "--consistency-coef"),
+        ("--condition-embed 0", "--condition-embed"),
+    ],
+)
+def test_bad_input(words, named, monkeypatch, capsys, tmp_path):
+    """One line on stderr that names the culprit, status 2, and nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    status, lines = command(dynamite_rl, monkeypatch, capsys, *TINY, "--session-process", "poisson", *words.split())
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("dynamite_rl.py: ") and named in lines[0], lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_logged(tmp_path):
+    """Precision and recall of the ends, the KL to the learnt prior, returns of sessions: in training and evaluation."""
+    run(dynamite_rl, tmp_path, "--session-process", "poisson", "--eval-tasks", "8", eval_interval=2)
+    keys = {line.split(",")[1] for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]}
+    words = ["termination_recall", "return_session_1", "return_session_4"]
+    assert {f"charts/{word}" for word in words} | {f"eval/test/{word}" for word in words} <= keys
+    assert {"losses/belief_kl_to_learnt_prior", "losses/belief_consistency", "losses/belief_termination"} <= keys
+    result = json.loads((tmp_path / "eval.json").read_text())
+    sessions = sum(result[f"eval/test/return_session_{k}"] for k in range(1, 9))  # each episode has four
+    episodes = sum(result[f"eval/test/return_episode_{k}"] for k in (1, 2))
+    assert sessions == pytest.approx(episodes, abs=1e-4) and len(result["tasks"]["test"]) == 8
+    assert math.isfinite(sessions)
