@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 from common.envs import SPLITS, BadInput, make_envs
 from common.gru import GRU
+from common.plot import draw_sessions
 from common.workers import WorkerError
 
 SCRIPT = Path(__file__).stem
@@ -1141,8 +1142,53 @@ def make_args_envs(args, num_envs, split, device):
 
 
 def draw_pictures(folder, eval_envs, details, agent, model, args):
-    """TODO"""
-    return
+    """Three tasks: the reward that the belief expects of each step, or at the alternating grid's two goals (Figure 2),
+    the true context, true and predicted session ends."""
+    if args.no_belief or args.oracle_context:
+        return
+    envs = eval_envs["test"]
+    names = [envs.tasks[i * len(envs.tasks) // envs.num_envs] for i in range(envs.num_envs)]
+    agent.eval(), model.eval()
+    data = rollout(envs, agent, model, args, False, names, deterministic=True)
+    agent.train(), model.train()
+    chosen = range(0, len(names), math.ceil(len(names) / 3))
+    goals = data["task"][:, :4].unflatten(1, (2, 2)) if args.env_id == "GridWorldAlternating" else None
+    with torch.no_grad():
+        here = [data[name] for name in ("obs", "actions", "next_obs")]
+        places = {"of the step taken": here}
+        if goals is not None:  # staying at a goal
+            at = [
+                torch.cat([(goals[:, g] / 4 - 0.5).expand(len(here[0]), -1, 2), here[0][..., 2:]], -1) for g in (0, 1)
+            ]
+            places = {f"at goal {g + 1}": (at[g], torch.zeros_like(here[1]), at[g]) for g in (0, 1)}
+        expected = {label: expected_reward(model, data["beliefs"][:-1], *place) for label, place in places.items()}
+    for n in chosen:
+        column = {name: data[name][:, n].cpu().numpy() for name in "rewards session_end predicted_end contexts".split()}
+        lines = {"expected reward": {label: y[:, n].cpu().numpy() for label, y in expected.items()}}
+        walks = []
+        if goals is not None:
+            cells = (4 * (data["obs"][:, n, :2] + 0.5)).cpu().numpy()
+            after = (4 * (data["next_obs"][:, n, :2] + 0.5)).cpu().numpy()
+            first = 0
+            for last in np.flatnonzero(column["session_end"]):
+                walk = np.concatenate([cells[first : last + 1], after[last : last + 1]])
+                counts = int((column["contexts"][first] == goals[n, 1].cpu().numpy()).all())
+                walks.append((walk, goals[n].cpu().numpy(), counts))
+                first = last + 1
+        file = Path(folder) / f"sessions_{names[n].replace('/', '_').replace(',', '_')}.png"
+        draw_sessions(file, names[n], column, lines, walks)
+
+
+def expected_reward(model, belief, obs, action, next_obs):
+    """The decoder's mean reward under each belief (T, N, 2 Z), of one transition (T, N, .) each: (T, N)."""
+    mean, logvar = model.moments(belief)
+    m = mean + (0.5 * logvar).exp() * torch.randn(100, *mean.shape, device=mean.device)  # (100, T, N, Z)
+    if isinstance(model.reward_decoder, MultiHeadDecoder):
+        p = model.reward_decoder(m).sigmoid().mean(0)  # (T, N, cells), of the reward 1
+        return 1.1 * p.gather(-1, model.cell(next_obs).unsqueeze(-1)).squeeze(-1) - 0.1
+    x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
+    x = [y.flatten(0, 1)[None] for y in x]
+    return model.reward_decoder(m.flatten(1, 2), *x).mean(0).view(belief.shape[:2])
 
 
 def capture_video(folder, envs, agent, model, args, blind=False):

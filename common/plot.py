@@ -69,6 +69,52 @@ def draw_cells(axis, values, train, **colours):
     return image
 
 
+def draw_sessions(file, title, trajectory, lines, walks=()):
+    """One PNG: over the steps of a meta-episode, what is believed and what is true, with the sessions' ends.
+
+    trajectory: rewards (T,), session_end, predicted_end bool (T,), contexts (T, C), as arrays. lines: panel -> label ->
+    (T,). walks: of grids, a row for each session: cells (L + 1, 2), the goals (G, 2) and which of them counts.
+    """
+    T, ends = len(trajectory["rewards"]), np.flatnonzero(trajectory["session_end"])
+    shown = walks[:10]
+    panels = ["walks"] * bool(shown) + list(lines) + ["context", "reward"]
+    ratios = [1.6 if panel == "walks" else 1 for panel in panels]
+    figure = plt.figure(figsize=(11, 1.9 * sum(ratios) + 0.8), layout="constrained")
+    grid = figure.add_gridspec(len(panels), 1, height_ratios=ratios)
+    if shown:
+        row = grid[0].subgridspec(1, len(shown))
+        for k, (cells, goals, counts) in enumerate(shown):
+            axis = figure.add_subplot(row[k])
+            axis.plot(*cells.T, "-o", color="tab:orange", ms=3, lw=1.5)
+            axis.plot(*cells[-1], "o", color="tab:orange", ms=8)
+            for g, goal in enumerate(goals):
+                axis.plot(*goal, "*", color=f"C{g}", ms=14, mec="black" if g == counts else f"C{g}")
+            axis.set(xlim=(-0.5, 4.5), ylim=(-0.5, 4.5), aspect="equal", title=f"session {k + 1}: goal {counts + 1}")
+            axis.set_xticks([]), axis.set_yticks([])
+    axis = None
+    for panel, slot in zip(panels, grid):
+        if panel == "walks":
+            continue
+        axis = figure.add_subplot(slot, sharex=axis)
+        if panel in lines:
+            for label, y in lines[panel].items():
+                axis.plot(np.arange(T), y, label=label, lw=1.5)
+            axis.legend(loc="upper left", fontsize=8, framealpha=0.7)
+        elif panel == "context":
+            axis.step(np.arange(T), trajectory["contexts"], where="mid", lw=1.5)
+        else:
+            axis.plot(np.arange(T), trajectory["rewards"], color="black", lw=1)
+        axis.set_ylabel(panel, fontsize=9)
+        for t in ends:
+            axis.axvline(t + 0.5, color="tab:gray", lw=1)
+        for t in np.flatnonzero(trajectory["predicted_end"][:-1]):
+            axis.axvline(t + 0.5, color="tab:red", lw=2, ls=":")
+    axis.set(xlabel="step (grey: sessions end; red, dotted: predicted ends)", xlim=(-0.5, T - 0.4))
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def draw_returns(file, envs, details):
     """One PNG (Figure 6 of LDM): a grid for each episode, the return of every goal's task in the goal's cell.
 
