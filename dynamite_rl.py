@@ -758,7 +758,7 @@ def split_sessions(ends):
 def consistency(mean, logvar, length, args):
     """(4) max(D_u+1 - D_u, 0), D_u the KL of belief u to its session's last: mean, logvar (L, J, Z), length (J,).
 
-    Returns (L, J): zeros for the first belief, and for what lies behind the last one, garbage.
+    Returns (L, J): zeros for the first belief, and garbage behind a session's last.
     """
     columns = torch.arange(len(length), device=mean.device)
     last = [x[length - 1, columns] for x in (mean, logvar)]
@@ -766,65 +766,82 @@ def consistency(mean, logvar, length, args):
     return F.pad((d[1:] - d[:-1]).clamp(min=0), (0, 0, 1, 0))
 
 
-def elbo(model, batch, args):
-    """The negative of (6), its terms means over sessions, beliefs of each and the transitions that each decodes.
+def session_beliefs(model, batch, args):
+    """The beliefs of a batch (see elbo), a column for each session: its prior, then that after each of its transitions.
 
-    A session has a column of its own: its prior is belief 0, and belief j that after j of its transitions; so (5) is
-    variBAD's ELBO of sessions in place of meta-episodes, with p(m' | m) in place of N(0, I). (The paper adds (4) to
-    what it maximises; as a penalty it has to be subtracted.)
-    batch: obs, next_obs (T, B, S), actions (T, B, .), rewards, alive, session_end (T, B). Returns the loss and a dict
-    of its terms.
+    Returns mean, logvar (L + 1, J, Z), those of p(m' | m), (J, Z) each, and a dict: which beliefs are real (L + 1, J),
+    logits of session ends (L, J), rows (L, J), the transitions, and which are alive (L, J), first, length, column (J,).
     """
-    T = len(batch["rewards"])
     after = torch.cat([batch["obs"][1:], batch["next_obs"][-1:]]) if args.encoder_obs == "post" else batch["next_obs"]
     x = model.embed(batch["actions"], after, batch["rewards"])
     conditions, ends = model.find_sessions(x, batch["session_end"])
     first, length, column, L = split_sessions(ends)
     steps = torch.arange(L, device=x.device).unsqueeze(-1)
-    rows = (first + steps).clamp(max=T - 1)  # (L, J); what lies behind a session's end is not alive
+    rows = (first + steps).clamp(max=len(x) - 1)  # what lies behind a session's end is not alive
     alive = batch["alive"][rows, column] & (steps < length)
     x = model.encoder.mix(x, conditions)
     if args.reset_hidden_at_session:
         hidden, index = model.encoder(x[rows, column]), ...
     else:
         hidden, index = model.encoder(x, args.tbptt), (torch.cat([first[None], rows + 1]), column)
-    mean, logvar = (x[index] for x in model.posterior(hidden))  # (L + 1, J, Z)
-    logits = model.termination(hidden).squeeze(-1)[index][1:]  # (L, J)
-
-    begins = (first == 0).unsqueeze(-1)  # sessions that come first in their meta-episode: N(0, I) is their prior
-    prior, later = [torch.zeros_like(mean[0])] * 2, begins[:, 0]
-    learnt = torch.zeros((), device=x.device)
+    mean, logvar = (y[index] for y in model.posterior(hidden))
+    logits = model.termination(hidden).squeeze(-1)[index][1:]
+    begins = first == 0  # a meta-episode's first session: N(0, I) is its prior, and belief 0 the heads on hidden 0
+    prior = torch.zeros_like(mean[0]), torch.zeros_like(mean[0])
     if model.prior:
-        p = model.session_prior(conditions[first, column])
-        prior, later = [torch.where(begins, 0.0, y) for y in p], torch.ones_like(later)
-        mean, logvar = (torch.cat([torch.where(begins, y[:1], z), y[1:]]) for y, z in zip((mean, logvar), p))
-        with torch.no_grad():
-            learnt = average(kl_gaussians(mean[1:], logvar[1:], *p), alive & (first > 0))
-    real = torch.cat([later[None], alive])  # without p(m' | m) a later session has no belief 0
-    if args.kl == "sequential":
-        kl = kl_gaussians(mean, logvar, *(torch.cat([y[None], z[:-1]]) for y, z in zip(prior, (mean, logvar))))
-    else:
-        kl = kl_gaussians(mean, logvar, *prior)
-        if args.kl == "final-only":
-            kl = kl * F.pad(steps == length - 1, (0, 0, 1, 0))
-    rise = F.pad(consistency(mean[1:], logvar[1:], length, args), (0, 0, 1, 0))
-    known = alive & (rows < T - 1)  # a meta-episode's end is one by definition: nothing to predict
+        prior = model.session_prior(conditions[first, column])
+        mean, logvar = (
+            torch.cat([torch.where(begins[:, None], y[:1], p), y[1:]]) for y, p in zip((mean, logvar), prior)
+        )
+        prior = tuple(torch.where(begins[:, None], 0.0, p) for p in prior)
+    # Without p(m' | m) belief 0 of a later session is the last one of the session before: it counts there alone.
+    real = torch.cat([(begins | bool(model.prior))[None], alive])
+    found = dict(real=real, logits=logits, rows=rows, alive=alive, first=first, length=length, column=column)
+    return mean, logvar, prior, found
+
+
+def termination_loss(logits, ended, rate, args):
+    """Of the logits (L, J) of session ends: cross-entropy with the true ones, or the KL to Bernoulli(rate)."""
     if args.term_loss == "bce":
-        ended = batch["session_end"][rows, column].float()
-        termination = F.binary_cross_entropy_with_logits(logits, ended, reduction="none")
-    else:
-        rate = min(max(model.end_rate, 1e-3), 1 - 1e-3)
-        p, log_p, log_not = logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits)
-        termination = p * (log_p - math.log(rate)) + (1 - p) * (log_not - math.log(1 - rate))
+        return F.binary_cross_entropy_with_logits(logits, ended.float(), reduction="none")
+    rate = min(max(rate, 1e-3), 1 - 1e-3)
+    yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
+    return logits.sigmoid() * (yes - math.log(rate)) + (-logits).sigmoid() * (no - math.log(1 - rate))
+
+
+def elbo(model, batch, args):
+    """The negative of (6), its terms means over sessions, beliefs of each and the transitions that each decodes.
+
+    (5) is variBAD's ELBO with sessions in place of meta-episodes, and p(m' | m) in place of N(0, I). (The paper adds
+    (4) to what it maximises; as a penalty it has to be subtracted.)
+    batch: obs, next_obs (T, B, S), actions (T, B, .), rewards, alive, session_end (T, B). Returns the loss and a dict
+    of its terms.
+    """
+    mean, logvar, prior, found = session_beliefs(model, batch, args)
+    real, rows, alive, first, length, column = (
+        found[name] for name in ("real", "rows", "alive", "first", "length", "column")
+    )
+    to_prior = kl_gaussians(mean, logvar, *prior)
+    kl = to_prior
+    if args.kl == "sequential":
+        kl = kl_gaussians(mean, logvar, *(torch.cat([p[None], y[:-1]]) for p, y in zip(prior, (mean, logvar))))
+    if args.kl == "final-only":
+        kl = kl * (torch.arange(len(kl), device=kl.device).unsqueeze(-1) == length)
+    rise = F.pad(consistency(mean[1:], logvar[1:], length, args), (0, 0, 1, 0))
+    ended = batch["session_end"][rows, column]
+    termination = termination_loss(found["logits"], ended, model.end_rate, args)
+    # A meta-episode's last transition ends a session by definition: there is nothing to predict.
+    termination = average(termination, alive & (rows < len(batch["rewards"]) - 1))
+    learnt = average(to_prior[1:].detach(), alive & (first > 0))
+    kl, rise = average(kl, real), average(rise, real)
 
     t, (mean, logvar, drawn) = draw_posteriors(args, mean, logvar, real)
     m = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
     if args.no_session_reconstruction:
-        t, decoded = t + first, {name: y[:, column] for name, y in batch.items()}
+        t, decoded = t + first, {name: x[:, column] for name, x in batch.items()}
     else:
-        decoded = {name: y[rows, column] for name, y in batch.items()} | dict(alive=alive)
+        decoded = {name: x[rows, column] for name, x in batch.items()} | dict(alive=alive)
     reward_loss, state_loss = reconstruction(model, m, t, drawn, decoded, args)
-    kl, rise, termination = average(kl, real), average(rise, real), average(termination, known)
     loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl
     loss = loss + args.termination_coef * termination
     if not args.no_consistency:

@@ -11,8 +11,9 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import dynamite_rl
 import varibad
+from common.envs import make_envs
 from tests.test_belief import gradients, signals  # noqa: F401
-from tests.test_scripts import TINY, command, resume_equals_straight, run
+from tests.test_scripts import command, resume_equals_straight, run, tiny
 
 torch.set_num_threads(1)
 VARIBAD = dict(  # what switches all off
@@ -364,7 +365,7 @@ def test_oracle_sees_the_context(tmp_path, monkeypatch):
     """--oracle-context: the cell of the goal that counts at each step, not the meta-episode's task."""
     made, rollout = [], dynamite_rl.rollout
     monkeypatch.setattr(dynamite_rl, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
-    run(dynamite_rl, tmp_path, "--oracle-context", "--session-process", "poisson")
+    run(dynamite_rl, tmp_path, "--oracle-context")
     for data in made:
         assert data["beliefs"].shape[2] == 2 and torch.equal(data["beliefs"][:-1], data["contexts"])
         hit = (data["next_obs"][..., :2] == data["contexts"] / 4 - 0.5).all(-1)
@@ -397,7 +398,7 @@ def test_ppo_losses():
 
 
 HARD = [
-    "--session-process poisson --train-boundaries mixed --elbo-terms 3 --decode-terms 2 --seed 3",
+    "--train-boundaries mixed --elbo-terms 3 --decode-terms 2 --seed 3",
     "--session-process bernoulli --reset-hidden-at-session --no-session-reconstruction --decoder-dropout 0.2",
     "--env-id SparsePointRobot --tbptt 5 --encoder-obs pre --oracle-terminations --state-coef 1",
 ]
@@ -421,14 +422,14 @@ def test_resume(words, tmp_path):
 def test_bad_input(words, named, monkeypatch, capsys, tmp_path):
     """One line on stderr that names the culprit, status 2, and nothing left behind."""
     monkeypatch.chdir(tmp_path)
-    status, lines = command(dynamite_rl, monkeypatch, capsys, *TINY, "--session-process", "poisson", *words.split())
+    status, lines = command(dynamite_rl, monkeypatch, capsys, *tiny(dynamite_rl, *words.split()))
     assert status == 2 and len(lines) == 1 and lines[0].startswith("dynamite_rl.py: ") and named in lines[0], lines
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_logged(tmp_path):
     """Precision and recall of the ends, the KL to the learnt prior, returns of sessions: in training and evaluation."""
-    run(dynamite_rl, tmp_path, "--session-process", "poisson", "--eval-tasks", "8", eval_interval=2)
+    run(dynamite_rl, tmp_path, "--eval-tasks", "8", eval_interval=2)
     keys = {line.split(",")[1] for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]}
     words = ["termination_recall", "return_session_1", "return_session_4"]
     assert {f"charts/{word}" for word in words} | {f"eval/test/{word}" for word in words} <= keys
@@ -438,3 +439,82 @@ def test_what_is_logged(tmp_path):
     episodes = sum(result[f"eval/test/return_episode_{k}"] for k in (1, 2))
     assert sessions == pytest.approx(episodes, abs=1e-4) and len(result["tasks"]["test"]) == 8
     assert math.isfinite(sessions)
+
+
+@pytest.mark.parametrize("env_id", ["GridWorldAlternating", "SparsePointRobot"])
+def test_meta_device(env_id, monkeypatch):
+    """One iteration where tensors have shapes and no data: a second device, or a wait for numbers, raises."""
+    grid = env_id == "GridWorldAlternating"
+    process, device = "poisson" if grid else "", torch.device("meta")
+    s = setup(
+        env_id, session_process=process, horizon=12, train_boundaries="pred", state_coef=1.0, standardise_inputs=True
+    )
+    s.envs.close()
+    envs = make_envs(env_id, 5, device=device, horizon=12, episodes_per_task=1, session_process=process)
+    with device:
+        model = dynamite_rl.BeliefModel(s.args, envs)
+        agent = dynamite_rl.Agent(s.args, 6 if grid else 2, envs.single_action_space, model.belief_sizes)
+    # These wait, once an update, on purpose.
+    monkeypatch.setattr(dynamite_rl, "check_finite", lambda **_: None)
+    some = torch.zeros(7, dtype=torch.int64, device=device)
+    monkeypatch.setattr(dynamite_rl, "split_sessions", lambda ends: (some, some, some, 4))
+    optimizers = [torch.optim.Adam(m.parameters()) for m in (agent, model)]
+    data = dynamite_rl.rollout(envs, agent, model, s.args)
+    data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
+    data["values"] = torch.cat([values, agent.value(data["next_obs"][-1], data["beliefs"][-1])[None]])
+    rewards = dynamite_rl.normalise_rewards(data["rewards"], data["alive"], agent.return_norm, s.args)
+    targets = dynamite_rl.gae(rewards, data["values"], data["terminated"], data["alive"], s.args)
+    data["advantages"], data["returns"] = targets
+    data = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    losses = dynamite_rl.ppo_update(agent, optimizers[0], data, 0.01, s.args)
+    losses["sums"] = dynamite_rl.session_sums(data)
+    buffer = dynamite_rl.Buffer(20)
+    buffer.add(data)
+    losses |= dynamite_rl.update_belief(model, optimizers[1], buffer, s.args)
+    assert {loss.device for loss in losses.values()} == {device}
+
+
+@torch.no_grad()
+def test_pictures(tmp_path, monkeypatch):
+    """What is drawn: each session's walk to its end, the goal that counts, and the expected reward at each goal."""
+    calls = []
+    monkeypatch.setattr(dynamite_rl, "draw_sessions", lambda *words: calls.append(words))
+    s = setup(num_envs=3)
+    shake(s)
+    for head in (s.model.heads, s.model.prior[-1]):  # no spread
+        head.weight[3:], head.bias[3:] = 0, -30
+    s.args.logvar_min = -30.0
+    dynamite_rl.draw_pictures(tmp_path, {"test": s.envs}, {}, s.agent, s.model, s.args)
+    assert len(calls) == 3 and len({call[0] for call in calls}) == 3
+    for _, _, column, lines, walks in calls:
+        ends = column["session_end"].nonzero()[0]
+        assert len(walks) == len(ends) == 4 and [len(walk) - 1 for walk, _, _ in walks] == [
+            b - a for a, b in zip([-1, *ends], ends)
+        ]
+        for end, (walk, goals, counts) in zip(ends, walks):
+            assert not walk[0].any() and (abs(walk[1:] - walk[:-1]).sum(1) <= 1).all()
+            assert (column["contexts"][end] == goals[counts]).all()
+            assert (walk[-1] == goals[counts]).all() == (column["rewards"][end] == 1)
+        assert set(lines["expected reward"]) == {"at goal 1", "at goal 2"}
+    data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args, tasks=s.envs.tasks[:3], deterministic=True)
+    m, goals = data["beliefs"][:-1, :, :3], data["task"][:, :4] / 4 - 0.5
+    for g in (0, 1):
+        place = torch.cat([goals[:, 2 * g : 2 * g + 2], goals], -1)  # there, with both goals in sight
+        stay = F.one_hot(torch.zeros(3, dtype=torch.int64), 5).float()
+        decoder = s.model.reward_decoder
+        parts = [decoder.embed_state(place), decoder.embed_state(place), decoder.embed_action(stay)]
+        x = torch.cat(parts, -1).relu().expand(12, -1, -1)
+        expected = decoder.net(torch.cat([m, x], -1)).squeeze(-1)
+        found = dynamite_rl.expected_reward(
+            s.model, data["beliefs"][:-1], *(v.expand(12, *v.shape) for v in (place, torch.zeros(3).long(), place))
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_picture_of_sessions(tmp_path):
+    """A run on the grid and one on an environment without sessions leave pictures."""
+    run(dynamite_rl, tmp_path / "a", "--eval-tasks", "4", eval_interval=0)
+    run(dynamite_rl, tmp_path / "b", "--env-id", "SparsePointRobot", eval_interval=0)
+    for name in "ab":
+        files = list((tmp_path / name).glob("sessions_*.png"))
+        assert 2 <= len(files) <= 3 and all(file.stat().st_size > 20_000 for file in files)

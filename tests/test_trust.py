@@ -23,12 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dme
+import dynamite_rl
 import ldm
 import varibad
 from common.envs import BadInput, make_envs
-from tests import test_ldm
+from tests import test_dynamite, test_ldm
 from tests.test_belief import SCRIPTS, random_batch, setup, signals  # noqa: F401
-from tests.test_scripts import ALL, TINY, command, metrics, run, same
+from tests.test_scripts import ALL, TINY, command, metrics, run, same, tiny
 
 ROOT = Path(varibad.__file__).parent
 STEADY = ["--ent-coef-end", "0.04"]  # nothing that depends on the run's length
@@ -86,10 +87,10 @@ def test_a_save_that_fails(script, tmp_path, monkeypatch, capsys):
 def test_too_little_disk(script, tmp_path, monkeypatch, capsys):
     """Found at the start: one line that says how much is missing, status 2. What a run needs is what it then writes."""
     usage = shutil.disk_usage(tmp_path)
-    argv = [*TINY, "--buffer-size", "10000", "--total-timesteps", "400000", "--run-dir", tmp_path / "run"]
+    argv = tiny(script, "--buffer-size", "10000", "--total-timesteps", "400000", "--run-dir", tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     status, lines = command(script, monkeypatch, capsys, *argv)
-    assert status == 2 and re.search("lacks 8 MB for its checkpoints.*--run-dir .*--buffer-size", lines[-1]), lines
+    assert status == 2 and re.search("lacks 1?8 MB for its checkpoints.*--run-dir .*--buffer-size", lines[-1]), lines
     need = []
     monkeypatch.setattr(script, "missing_space", lambda folder, size: need.append(size) or 0.0)
     end = run(script, tmp_path / "other", "--buffer-size", "1000")
@@ -117,7 +118,7 @@ def test_an_unwritable_folder(script, tmp_path, monkeypatch, capsys):
     """One line, status 2, before any training."""
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(script, "rollout", None)
-    status, lines = command(script, monkeypatch, capsys, *TINY, "--run-dir", tmp_path / "file" / "run")
+    status, lines = command(script, monkeypatch, capsys, *tiny(script, "--run-dir", tmp_path / "file" / "run"))
     assert status == 2 and len(lines) == 1 and "cannot write" in lines[0] and "file" in lines[0]
 
 
@@ -269,7 +270,7 @@ def hit(*a, **b):
         os.kill(os.getpid(), {int(second)})
     return rollout(*a, **b)
 script.rollout = hit
-script.main(script.parse_args({[*TINY, "--eval-interval", "-1", "--checkpoint-interval", "1"]}))
+script.main(script.parse_args({tiny(script, "--eval-interval", "-1", "--checkpoint-interval", "1")}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
@@ -301,7 +302,7 @@ def test_each_argument_at_its_edges(script, tmp_path):
     for field in dataclasses.fields(script.Args):
         if field.name not in FIXED | {"eval_interval"}:
             for value in edges.get(field.type) or get_args(field.type):
-                args = script.parse_args([*TINY, "--eval-interval", "-1"])
+                args = script.parse_args(tiny(script, "--eval-interval", "-1"))
                 setattr(args, field.name, () if value is Ellipsis else (1,) if value is int else value)
                 one_iteration_or_one_sentence(script, args, tmp_path)
 
@@ -349,7 +350,7 @@ def test_a_copy_in_an_empty_folder(script, tmp_path):
     """The script and common/ are enough."""
     shutil.copy(script.__file__, tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    argv = [sys.executable, f"{script.__name__}.py", *TINY, "--eval-interval", "-1", "--total-timesteps", "40"]
+    argv = [sys.executable, f"{script.__name__}.py", *tiny(script, "--eval-interval", "-1", "--total-timesteps", "40")]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr
@@ -399,13 +400,18 @@ def gradients_of(script, s, data, batch):
 def joined(script, env_id):
     """Arguments and networks, an iteration's data of four environments and a batch, with early ends."""
     sizes = dict(num_envs=4, update_epochs=1, belief_batch=4, state_coef=1.0, elbo_terms=0, decoder_dropout=0.0)
-    s = test_ldm.setup(env_id, **sizes) if script is ldm else setup(script, env_id, **sizes)
+    if script is dynamite_rl:
+        s = test_dynamite.setup(env_id, **sizes, horizon=4, episodes_per_task=3, session_process="")
+    else:
+        s = test_ldm.setup(env_id, **sizes) if script is ldm else setup(script, env_id, **sizes)
     torch.manual_seed(5)
     batch, data = random_batch(s, B=4), random_batch(s, B=4)
     T = s.envs.meta_horizon
     data |= dict(logprobs=torch.randn(T, 4) - 1.5, values=torch.randn(T + 1, 4), advantages=torch.randn(T, 4))
     data |= dict(returns=torch.randn(T, 4), beliefs=torch.randn(T + 1, 4, sum(s.agent.belief_sizes)))
     data |= dict(acted_on=data["next_obs"])
+    batch |= dict(session_end=torch.rand(T, 4) < 0.3)
+    batch["session_end"][-1] = True
     return s, data, batch
 
 
