@@ -1178,7 +1178,7 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
                 torch.cat([(goals[:, g] / 4 - 0.5).expand(len(here[0]), -1, 2), here[0][..., 2:]], -1) for g in (0, 1)
             ]
             places = {f"at goal {g + 1}": (at[g], torch.zeros_like(here[1]), at[g]) for g in (0, 1)}
-        expected = {label: expected_reward(model, data["beliefs"][:-1], *place) for label, place in places.items()}
+        expected = {label: predicted_reward(model, data["beliefs"][:-1], *place) for label, place in places.items()}
     for n in chosen:
         column = {name: data[name][:, n].cpu().numpy() for name in "rewards session_end predicted_end contexts".split()}
         lines = {"expected reward": {label: y[:, n].cpu().numpy() for label, y in expected.items()}}
@@ -1196,7 +1196,7 @@ def draw_pictures(folder, eval_envs, details, agent, model, args):
         draw_sessions(file, names[n], column, lines, walks)
 
 
-def expected_reward(model, belief, obs, action, next_obs):
+def predicted_reward(model, belief, obs, action, next_obs):
     """The decoder's mean reward under each belief (T, N, 2 Z), of one transition (T, N, .) each: (T, N)."""
     mean, logvar = model.moments(belief)
     m = mean + (0.5 * logvar).exp() * torch.randn(100, *mean.shape, device=mean.device)  # (100, T, N, Z)

@@ -77,7 +77,7 @@ def draw_sessions(file, title, trajectory, lines, walks=()):
     """
     T, ends = len(trajectory["rewards"]), np.flatnonzero(trajectory["session_end"])
     shown = walks[:10]
-    panels = ["walks"] * bool(shown) + list(lines) + ["context", "reward"]
+    panels = ["walks" if shown else "context", *lines, "reward"]
     ratios = [1.6 if panel == "walks" else 1 for panel in panels]
     figure = plt.figure(figsize=(11, 1.9 * sum(ratios) + 0.8), layout="constrained")
     grid = figure.add_gridspec(len(panels), 1, height_ratios=ratios)
@@ -85,10 +85,10 @@ def draw_sessions(file, title, trajectory, lines, walks=()):
         row = grid[0].subgridspec(1, len(shown))
         for k, (cells, goals, counts) in enumerate(shown):
             axis = figure.add_subplot(row[k])
-            axis.plot(*cells.T, "-o", color="tab:orange", ms=3, lw=1.5)
-            axis.plot(*cells[-1], "o", color="tab:orange", ms=8)
+            axis.plot(*cells.T, "-o", color="black", ms=3, lw=1.5)
+            axis.plot(*cells[-1], "o", color="black", ms=9)
             for g, goal in enumerate(goals):
-                axis.plot(*goal, "*", color=f"C{g}", ms=14, mec="black" if g == counts else f"C{g}")
+                axis.plot(*goal, "*", color=f"C{g}", ms=16, mec="black" if g == counts else f"C{g}")
             axis.set(xlim=(-0.5, 4.5), ylim=(-0.5, 4.5), aspect="equal", title=f"session {k + 1}: goal {counts + 1}")
             axis.set_xticks([]), axis.set_yticks([])
     axis = None
@@ -353,13 +353,48 @@ def compare(folders, key, out):
     return table
 
 
+def draw_boxes(file, folders, name):
+    """One PNG (Figure 8 of DynaMITE-RL): over the argument `name` of the runs, boxes of their last evaluation's returns
+    of the test tasks, a colour for each script and environment; runs that differ in nothing but seeds share a box.
+
+    Raises BadInput for a run without an evaluation, or without that argument.
+    """
+    boxes = {}
+    for run in map(read_run, folders):
+        if name not in run.config or not Path(run.folder, "eval.json").is_file():
+            lack = f"argument {name}" if name not in run.config else "eval.json"
+            raise BadInput(f"{run.folder} has no {lack}")
+        tasks = json.loads(Path(run.folder, "eval.json").read_text())["tasks"]["test"]
+        label = f"{run.config['script']} {run.config['env_id']}"
+        box = boxes.setdefault(label, {}).setdefault(run.config[name], [])
+        box.extend(task["return"][-1] for task in tasks.values())
+    values = sorted({value for box in boxes.values() for value in box})
+    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    width = 0.8 / len(boxes)
+    for i, (label, box) in enumerate(boxes.items()):
+        places = [values.index(value) + (i - (len(boxes) - 1) / 2) * width for value in box]
+        made = axis.boxplot(list(box.values()), positions=places, widths=0.8 * width, patch_artist=True)
+        for patch in made["boxes"]:
+            patch.set_facecolor(f"C{i}")
+        axis.plot([], color=f"C{i}", lw=8, label=label)
+    axis.set_xticks(range(len(values)), values)
+    axis.set(xlabel=name.replace("_", " "), ylabel="return of each test task, last episode")
+    axis.grid(alpha=0.3, axis="y"), axis.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m common.plot", description=__doc__.split("\n\n")[1])
     parser.add_argument("runs", nargs="*", help="folders of runs")
     parser.add_argument("--key", default="eval/test/return", help="a key of their metrics.csv (%(default)s)")
     parser.add_argument("--out", default=".", help="folder for the pictures (%(default)s)")
+    parser.add_argument("--boxes", metavar="ARGUMENT", help="boxes.png, too: evaluation returns over this argument")
     args = parser.parse_args(argv)
     try:
+        if args.boxes:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            draw_boxes(Path(args.out, "boxes.png"), args.runs, args.boxes.replace("-", "_"))
         print(*compare(args.runs, args.key, args.out), sep="\n")
     except (BadInput, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)

@@ -505,7 +505,7 @@ def test_pictures(tmp_path, monkeypatch):
         parts = [decoder.embed_state(place), decoder.embed_state(place), decoder.embed_action(stay)]
         x = torch.cat(parts, -1).relu().expand(12, -1, -1)
         expected = decoder.net(torch.cat([m, x], -1)).squeeze(-1)
-        found = dynamite_rl.expected_reward(
+        found = dynamite_rl.predicted_reward(
             s.model, data["beliefs"][:-1], *(v.expand(12, *v.shape) for v in (place, torch.zeros(3).long(), place))
         )
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)

@@ -267,6 +267,27 @@ def test_pictures_hold_what_they_should(tmp_path, capsys, monkeypatch):
 # ---------- Bad input ----------
 
 
+def test_boxes(tmp_path, capsys, monkeypatch):
+    """Over an argument: the last episode's returns of the test tasks, seeds pooled, scripts side by side."""
+    drawn = []
+    boxplot = plt.Axes.boxplot
+    monkeypatch.setattr(plt.Axes, "boxplot", lambda *a, **b: drawn.append((a[1], b["positions"])) or boxplot(*a, **b))
+    folders = []
+    for script, sessions, seed, returns in (("a", 1, 1, [1, 2]), ("a", 4, 1, [3]), ("a", 4, 2, [5]), ("b", 4, 1, [7])):
+        folder = tmp_path / f"{script}{sessions}{seed}"
+        folders.append(write_run(folder, curve([0, 1]), script=script, seed=seed, sessions=sessions))
+        tasks = {str(k): {"return": [99, r]} for k, r in enumerate(returns)}
+        (folder / "eval.json").write_text(json.dumps({"tasks": {"test": tasks, "train": {"x": {"return": [50]}}}}))
+    status, *_ = command(capsys, *folders, "--boxes", "sessions", "--out", tmp_path)
+    assert status == 0 and (tmp_path / "boxes.png").stat().st_size > 5000
+    assert [values for values, _ in drawn] == [[[1, 2], [3, 5]], [[7]]]
+    assert drawn[0][1] == pytest.approx([-0.2, 0.8]) and drawn[1][1] == pytest.approx([1.2])
+    (tmp_path / "a11" / "eval.json").unlink()
+    for argument, lack in (("sessions", "no eval.json"), ("hidden-dim", "no argument hidden_dim")):
+        status, _, (line,) = command(capsys, *folders, "--boxes", argument, "--out", tmp_path)
+        assert status == 2 and "a11" in line and lack in line
+
+
 def damaged(name, text):
     def make(folder):
         write_run(folder, curve([1, 2]))
