@@ -15,6 +15,8 @@ In the belief's loss the columns are sessions: J of them in a batch, L steps in 
     python dynamite_rl.py --no-consistency                  # and --no-conditioning, --no-session-reconstruction
     python dynamite_rl.py --resume runs/.../checkpoint.pt
     python dynamite_rl.py --evaluate runs/.../checkpoint.pt
+    python dynamite_rl.py --evaluate runs/.../checkpoint.pt --episodes-per-task 5       # Figure 6
+    python -m common.plot runs/* --boxes sessions                                       # Figure 8
 
 Equation (of the paper)                                          function
     inference network q(m^i, d | tau_:t, m^i-1), Figure 3        Encoder, BeliefModel

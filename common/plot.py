@@ -373,7 +373,8 @@ def draw_boxes(file, folders, name):
     width = 0.8 / len(boxes)
     for i, (label, box) in enumerate(boxes.items()):
         places = [values.index(value) + (i - (len(boxes) - 1) / 2) * width for value in box]
-        made = axis.boxplot(list(box.values()), positions=places, widths=0.8 * width, patch_artist=True)
+        style = dict(widths=0.8 * width, patch_artist=True, medianprops=dict(color="black"))
+        made = axis.boxplot(list(box.values()), positions=places, **style)
         for patch in made["boxes"]:
             patch.set_facecolor(f"C{i}")
         axis.plot([], color=f"C{i}", lw=8, label=label)

@@ -518,3 +518,13 @@ def test_picture_of_sessions(tmp_path):
     for name in "ab":
         files = list((tmp_path / name).glob("sessions_*.png"))
         assert 2 <= len(files) <= 3 and all(file.stat().st_size > 20_000 for file in files)
+
+
+def test_five_episodes(tmp_path):
+    """Figure 6: one task for five episodes on end, evaluated from a checkpoint of one that had two."""
+    run(dynamite_rl, tmp_path)
+    words = ["--evaluate", str(tmp_path / "checkpoint.pt"), "--episodes-per-task", "5", "--eval-tasks", "6"]
+    dynamite_rl.main(dynamite_rl.parse_args(words))
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert {f"eval/test/return_episode_{k}" for k in range(1, 6)} <= result.keys()
+    assert {len(task["return"]) for task in result["tasks"]["test"].values()} == {5}
