@@ -90,7 +90,7 @@ def loop(s, batch, ends):
             batch[name][:, b] for name in ("obs", "actions", "next_obs", "rewards", "alive", "session_end")
         )
         hidden, condition, session = zero, torch.zeros(6), 0
-        beliefs = [(0, heads(hidden), True)]  # session, belief, whether it counts
+        beliefs = [(0, heads(hidden), True, 0)]  # session, belief, whether it counts, transitions it has seen
         chain = [(heads(hidden), unit)]  # beside the belief before
         of_session, priors = [[]], [unit]
         for t in range(T):
@@ -105,7 +105,7 @@ def loop(s, batch, ends):
             hidden = torch.gru_cell(x[None], hidden[None], *weights)[0]
             belief, logit = heads(hidden), model.termination(hidden)[0]
             chain.append((belief, beliefs[-1][1] if len(beliefs) else unit))
-            beliefs.append((session, belief, bool(alive[t])))
+            beliefs.append((session, belief, bool(alive[t]), t + 1))
             of_session[-1].append((belief, bool(alive[t])))
             if alive[t] and t + 1 < T:
                 sums["known"] += 1
@@ -123,16 +123,16 @@ def loop(s, batch, ends):
                 if args.no_conditioning:
                     priors.append(unit)
                     if args.reset_hidden_at_session:
-                        beliefs.append((session, heads(zero), False))
+                        beliefs.append((session, heads(zero), False, t + 1))
                         chain.append((heads(zero), unit))
                 else:
                     mean, logvar = model.prior(condition).split(3)
                     priors.append(normal(mean, logvar.clamp(-8, 4)))
-                    beliefs.append((session, priors[-1], True))
+                    beliefs.append((session, priors[-1], True, t + 1))
                     chain.append((priors[-1], priors[-1]))
         number = (ends[:, b].cumsum(0) - ends[:, b].int()).tolist()
-        last = {k: [q for j, q, _ in beliefs if j == k][-1] for k in range(session + 1)}
-        for (k, q, counts), (_, before) in zip(beliefs, chain):
+        last = {k: [q for j, q, *_ in beliefs if j == k][-1] for k in range(session + 1)}
+        for (k, q, counts, start), (_, before) in zip(beliefs, chain):
             if not counts:
                 continue
             sums["beliefs"] += 1
@@ -141,7 +141,7 @@ def loop(s, batch, ends):
             elif args.kl == "session" or (q is last[k] and q is not beliefs[0][1]):
                 sums["kl"] += kl(q, priors[k])
             m = q.mean + q.stddev  # the noise is 1
-            for i in range(T):
+            for i in range(start if args.decode_window == "future" else 0, T):
                 if alive[i] and (args.no_session_reconstruction or number[i] == k):
                     y = [model.reward_decoder.embed_state(v[i]) for v in (obs, next_obs)]
                     y = torch.cat([*y, model.reward_decoder.embed_action(F.one_hot(action[i], 5).float())]).relu()
@@ -159,9 +159,10 @@ def loop(s, batch, ends):
 CASES = [
     {},
     dict(kl="final-only", consistency_detach=True),
-    dict(kl="sequential", encoder_obs="pre"),
+    dict(kl="sequential", encoder_obs="pre", decode_window="future"),
     dict(reset_hidden_at_session=True, term_loss="kl"),
     dict(no_session_reconstruction=True),
+    dict(no_session_reconstruction=True, decode_window="future"),
     dict(no_conditioning=True),
     dict(no_conditioning=True, kl="sequential", reset_hidden_at_session=True),
     dict(no_consistency=True, train_boundaries="pred"),
