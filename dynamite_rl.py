@@ -206,11 +206,10 @@ PRESETS = {
     "SparsePointRobot": SESSIONS | dict(num_envs=16, horizon=100, episodes_per_task=3),
 }  # fmt: skip
 YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
-SMALL_SESSIONS = dict(num_envs=64, eval_interval=100, checkpoint_interval=100, buffer_size=2000)
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
-    name: SMALL_SESSIONS
+    name: dict(num_envs=64, eval_interval=100, checkpoint_interval=100, buffer_size=2000)
     for name in "Reacher HalfCheetahDirSessions HalfCheetahVelSessions HalfCheetahWindVelSessions".split()
-}
+} | {"ScratchItch": dict(buffer_size=2000)}
 
 
 def parse_args(argv=None):
