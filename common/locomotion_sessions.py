@@ -1,7 +1,7 @@
 """Reacher and HalfCheetah whose goal, direction, velocity or wind changes from session to session, on batched MuJoCo.
 
-The environments of DynaMITE-RL (2024, appendix D.2), which ran them on Brax: the models here are Gymnasium's
-Reacher-v5 and HalfCheetah-v5, so that returns differ in size. i = 0, 1, .. is the number of a session in its episode:
+The environments of DynaMITE-RL (Liang et al., 2024, appendix D.2), which ran them on Brax: the models here are
+Gymnasium's Reacher-v5 and HalfCheetah-v5, so that returns differ in size. i = 0, 1, .. is the number of a session in its episode:
 
                                 context                                             reward of a step
     Reacher                     goal r (cos(alpha i), sin(alpha i)) in m            -|fingertip - goal| - 0.05 |a|
