@@ -66,7 +66,8 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 class Args:
     # experiment
     # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
-    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory.
+    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating, Reacher,
+    # HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions.
     env_id: str = "GridWorldLDM"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
@@ -86,6 +87,8 @@ class Args:
     compile: bool = False  # torch.compile the networks of the rollout and of PPO; the first iteration takes a minute
     reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
     split_rule: Literal["varibad", "ldm"] = "ldm"  # MuJoCo: train = test, or LDM's disjoint sets (its Table 1)
+    sessions: int = 0  # sessions of an episode, where the environment has them; 0 = the environment's own
+    session_process: Literal["", "fixed", "poisson", "bernoulli"] = ""  # their lengths; empty = the environment's own
 
     # A2C, PPO
     # a2c: one step on the whole rollout, of RMSprop for actor and critic and of Adam for encoder-p (the authors' grid);
@@ -230,7 +233,7 @@ def check_args(args):
             raise BadInput(f"{flag(name)} must be above 0, not {getattr(args, name)}")
     for name in (
         "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
-        "obs_shift horizon episodes_per_task "
+        "obs_shift horizon episodes_per_task sessions "
         "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef "
         "num_mixture_workers beta"
     ).split():
@@ -1118,7 +1121,8 @@ def make_eval_envs(args, device, splits=SPLITS):
 def make_args_envs(args, num_envs, split, device):
     sizes = dict(horizon=args.horizon or None, episodes_per_task=args.episodes_per_task or None)
     rules = dict(reward_version=args.reward_version, split_rule=args.split_rule)
-    return make_envs(args.env_id, num_envs, split, args.seed, device, **rules, **sizes)
+    sessions = dict(sessions=args.sessions, session_process=args.session_process)
+    return make_envs(args.env_id, num_envs, split, args.seed, device, **rules, **sessions, **sizes)
 
 
 def draw_pictures(folder, eval_envs, details, agent, model, args):
@@ -1367,7 +1371,9 @@ def train(args, envs, eval_envs, device, folder, state):
 
     iteration, global_step, offset = 0, 0, 0
     if state:
-        for name in "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule".split():
+        for name in (
+            "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule sessions session_process"
+        ).split():
             if getattr(args, name) != state["args"][name]:
                 raise BadInput(
                     f"{flag(name)} {getattr(args, name)}: {args.resume} was saved with {state['args'][name]}"

@@ -63,7 +63,8 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 class Args:
     # experiment
     # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
-    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory.
+    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating, Reacher,
+    # HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions.
     env_id: str = "GridWorld"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
@@ -83,6 +84,8 @@ class Args:
     compile: bool = False  # torch.compile the networks of the rollout and of PPO; the first iteration takes a minute
     reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
     split_rule: Literal["varibad", "ldm"] = "varibad"  # MuJoCo: train = test, or LDM's disjoint sets (its Table 1)
+    sessions: int = 0  # sessions of an episode, where the environment has them; 0 = the environment's own
+    session_process: Literal["", "fixed", "poisson", "bernoulli"] = ""  # their lengths; empty = the environment's own
 
     # PPO
     learning_rate: float = 7e-4  # Adam's step size for actor and critic
@@ -162,6 +165,14 @@ LOCOMOTION = dict(  # theirs, too; per meta-episode of 400 steps, where they cou
     state_embed=32, reward_embed=16, hidden_dim=128, tbptt=50, elbo_terms=50, decode_terms=50, reward_decoder="mlp",
     decoder_layers=(64, 32), kl_coef=1 / 50,
 )  # fmt: skip
+SESSIONS = dict(  # PPO's values and Z from Table 2 of DynaMITE-RL, for its variBAD too; what it does not print is ours
+    total_timesteps=100_000_000, num_envs=2048, horizon=400, episodes_per_task=1, eval_interval=10,
+    checkpoint_interval=10, learning_rate=3e-4, gamma=0.99, time_limit="terminal", update_epochs=4, clip_coef=0.2,
+    ent_coef=0.05, ent_coef_end=0.05, policy_layers=(128, 128), obs_embed=64, belief_embed=64,
+    belief_learning_rate=3e-4, belief_max_grad_norm=2.0, buffer_size=10_000, precollect=10_000, action_embed=32,
+    state_embed=32, reward_embed=32, hidden_dim=128, latent_dim=16, tbptt=50, elbo_terms=50, decode_terms=50,
+    reward_decoder="mlp", kl_coef=0.01 / 400,
+)  # fmt: skip
 PRESETS = {
     # The authors keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
     "GridWorld": dict(time_limit="terminal", standardise_inputs=False, ent_coef=0.04),
@@ -180,6 +191,15 @@ PRESETS = {
         num_minibatches=2, clip_coef=0.05, learning_rate=1e-3, anneal_lr=True, belief_updates=10, latent_dim=10,
         tbptt=0, elbo_terms=0, decode_terms=0, kl_coef=1 / 400,
     ),
+    "GridWorldAlternating": SESSIONS | dict(
+        total_timesteps=20_000_000, num_envs=16, horizon=60, eval_interval=500, checkpoint_interval=500, ent_coef=0.01,
+        ent_coef_end=0.01, action_embed=8, state_embed=8, reward_embed=8, hidden_dim=64, latent_dim=5, tbptt=0,
+        elbo_terms=0, decode_terms=0, kl_coef=0.01 / 60, standardise_inputs=False,
+    ),
+    "Reacher": SESSIONS,
+    "HalfCheetahDirSessions": SESSIONS,
+    "HalfCheetahVelSessions": SESSIONS,
+    "HalfCheetahWindVelSessions": SESSIONS | dict(state_coef=17.0),  # theirs is the sum over 17 numbers, ours the mean
     "ML1": META_WORLD | dict(total_timesteps=50_000_000, eval_interval=100),
     "ML10": META_WORLD,
     "ML45": META_WORLD | dict(total_timesteps=400_000_000, eval_interval=3300, latent_dim=10, belief_updates=6),
@@ -207,6 +227,8 @@ SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cu
 }  # fmt: skip
 for name in ("ML1-reach", "ML1-reach-wall"):  # an object stands about that has nothing to do with the goal
     SMALL[name] = SMALL["ML1"] | dict(obs_shift=2.0)
+SMALL |= {name: dict(num_envs=64, eval_interval=100, checkpoint_interval=100) for name in PRESETS if "Sessions" in name}
+SMALL |= dict(Reacher=SMALL["HalfCheetahVelSessions"], GridWorldAlternating=dict(elbo_terms=20))
 
 
 def parse_args(argv=None):
@@ -244,7 +266,7 @@ def check_args(args):
             raise BadInput(f"{flag(name)} must be above 0, not {getattr(args, name)}")
     for name in (
         "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
-        "belief_warmup obs_shift horizon episodes_per_task "
+        "belief_warmup obs_shift horizon episodes_per_task sessions "
         "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef"
     ).split():
         if not 0 <= getattr(args, name) < math.inf:
@@ -957,7 +979,8 @@ def make_eval_envs(args, device, splits=SPLITS):
 def make_args_envs(args, num_envs, split, device):
     sizes = dict(horizon=args.horizon or None, episodes_per_task=args.episodes_per_task or None)
     rules = dict(reward_version=args.reward_version, split_rule=args.split_rule)
-    return make_envs(args.env_id, num_envs, split, args.seed, device, **rules, **sizes)
+    sessions = dict(sessions=args.sessions, session_process=args.session_process)
+    return make_envs(args.env_id, num_envs, split, args.seed, device, **rules, **sessions, **sizes)
 
 
 def draw_pictures(folder, eval_envs, details, agent, model, args):
@@ -1188,7 +1211,9 @@ def train(args, envs, eval_envs, device, folder, state):
 
     iteration, global_step, offset = 0, 0, 0
     if state:
-        for name in "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule".split():
+        for name in (
+            "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule sessions session_process"
+        ).split():
             if getattr(args, name) != state["args"][name]:
                 raise BadInput(
                     f"{flag(name)} {getattr(args, name)}: {args.resume} was saved with {state['args'][name]}"

@@ -16,6 +16,11 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     info["alive"]                bool (N,), False for the steps that an environment idles after an early termination;
                                  absent where a family never terminates early. Nothing may learn from idle steps.
     info["task"]                 float32 (N, G), at reset: the ground truth, for oracles and evaluation only
+    info["session_end"]          bool (N,), where episodes have sessions (common/sessions.py): whether this was the last
+                                 transition of one. Then `obs` may be a new first state, final_obs is the true successor
+    info["context"]              float32 (N, C), there, at reset too: the latent context of the next transition, the
+                                 ground truth, for oracles, evaluation and pictures only
+    envs.sessions, envs.session_process    there: the number of sessions in an episode, and how their ends are drawn
     envs.tasks                   names of the split's fixed evaluation tasks, "family/which"; `reset(tasks=names)`
                                  sets N of them and draws nothing
     envs.same_splits             True where the test split holds the training tasks, all of them; may be absent
@@ -37,6 +42,7 @@ import importlib
 import inspect
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -47,11 +53,16 @@ FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10
     "GridWorld": "common.gridworld:GridWorld",
     "GridWorldLDM": "common.gridworld:GridWorldLDM",
     "GridWorldExtrapolation": "common.gridworld:GridWorldExtrapolation",
+    "GridWorldAlternating": "common.gridworld:GridWorldAlternating",
     "SparsePointRobot": "common.pointrobot:SparsePointRobot",
     "HalfCheetahVel": "common.locomotion:HalfCheetahVel",
     "HalfCheetahDir": "common.locomotion:HalfCheetahDir",
     "AntDir": "common.locomotion:AntDir",
     "AntGoal": "common.locomotion:AntGoal",
+    "Reacher": "common.locomotion_sessions:Reacher",
+    "HalfCheetahDirSessions": "common.locomotion_sessions:HalfCheetahDirSessions",
+    "HalfCheetahVelSessions": "common.locomotion_sessions:HalfCheetahVelSessions",
+    "HalfCheetahWindVelSessions": "common.locomotion_sessions:HalfCheetahWindVelSessions",
 }
 
 
@@ -60,14 +71,25 @@ class BadInput(ValueError):
 
 
 def make_envs(
-    env_id, num_envs, split="train", seed=1, device="cpu", reward_version="v2", split_rule="varibad", **sizes
+    env_id,
+    num_envs,
+    split="train",
+    seed=1,
+    device="cpu",
+    reward_version="v2",
+    split_rule="varibad",
+    sessions=None,
+    session_process=None,
+    **sizes,
 ):
     """The vector environment `env_id`.
 
     env_id: a key of FAMILIES, ML1-<family>, ML10, ML45, or `package.module:factory` of the user's own.
     reward_version: of Meta-World; v2 or v1. split_rule: of common.locomotion's tasks; varibad or ldm.
+    sessions, session_process: of environments with sessions; None, 0 and "" are the family's own.
     sizes: `horizon` and `episodes_per_task`, where the family's own are not wanted (None counts as unset).
-    Raises BadInput for an unknown id (with the known ones and the nearest), split, split rule or size.
+    Raises BadInput for an unknown id (with the known ones and the nearest), split, split rule or size, and for sessions
+    where there are none.
     """
     sizes = {name: size for name, size in sizes.items() if size is not None}
     for name, size in {"num_envs": num_envs, **sizes}.items():
@@ -81,7 +103,7 @@ def make_envs(
     elif env_id.startswith("ML"):
         from common.metaworld import make_metaworld  # metaworld takes half a second to import: only who needs it pays
 
-        return make_metaworld(env_id, num_envs, split, seed, device, reward_version=reward_version, **sizes)
+        factory = partial(make_metaworld, env_id, reward_version=reward_version)
     else:
         known = [*FAMILIES, "ML1-<family>", "ML10", "ML45"]
         nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
@@ -90,8 +112,14 @@ def make_envs(
     splits = (*getattr(factory, "splits", SPLITS), *["all"] * getattr(factory, "joins", False))
     if split not in splits:
         raise BadInput(f"unknown split {split!r}: {env_id} has {' and '.join(splits)}")
-    if "split_rule" in inspect.signature(factory).parameters:
+    parameters = inspect.signature(factory).parameters
+    if "split_rule" in parameters:
         sizes["split_rule"] = split_rule
+    for name, value in dict(sessions=sessions, session_process=session_process).items():
+        if value and name not in parameters:
+            raise BadInput(f"{name} {value}: {env_id} has no sessions")
+        if value:
+            sizes[name] = value
     return factory(num_envs, split, seed, device, **sizes)
 
 

@@ -40,7 +40,6 @@ try:
 except RuntimeError as error:  # importing mujoco loads the renderer that MUJOCO_GL names
     raise BadInput(f"MuJoCo does not start with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}") from error
 
-FRAME_SKIP = 5  # of MuJoCo's steps in one of ours
 NOISE = 0.1  # of an episode's first state
 
 
@@ -54,6 +53,7 @@ class Locomotion(TensorEnvs):
         observe(q, v)    positions (n, nq), velocities (n, nv) -> obs (n, S)
         reward(q, new_q, a, task)    positions before and after, clipped actions, tasks (n, G) -> (n,)
         healthy_z        where the torso's height must be; None: no early end
+        frame_skip       MuJoCo's steps in one of ours
 
     split_rule: varibad or ldm. num_threads: None means one a core; results do not depend on it.
     Raises BadInput for a rule that the family does not have.
@@ -61,6 +61,8 @@ class Locomotion(TensorEnvs):
 
     joins = True
     healthy_z = None
+    frame_skip = 5
+    control_spec = mujoco.mjtState.mjSTATE_CTRL  # what `control` returns
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class Locomotion(TensorEnvs):
         split_rule="varibad",
         num_threads=None,
     ):
+        super().__init__(num_envs, split, seed, device, horizon, episodes_per_task)
         name = type(self).__name__
         if split_rule not in self.sets:
             raise BadInput(f"unknown split rule {split_rule!r}: {name} has {' and '.join(self.sets)}")
@@ -81,9 +84,8 @@ class Locomotion(TensorEnvs):
         self.tasks = [f"{name}/{which}" for which in self.named(self.set)]
         self.task_table = torch.tensor([*self.named(self.set).values()], dtype=torch.float32)
         self.model = mujoco.MjModel.from_xml_path(f"{gymnasium.__path__[0]}/envs/mujoco/assets/{self.xml}")
-        self.dt = FRAME_SKIP * self.model.opt.timestep
+        self.dt = self.frame_skip * self.model.opt.timestep
         self.single_action_space = Box(-1, 1, (self.model.nu,), np.float32)
-        super().__init__(num_envs, split, seed, device, horizon, episodes_per_task)
         num_threads = min(num_threads or cores(), num_envs)
         self.pool = Rollout(nthread=num_threads)  # kept: it owns the threads
         self.scratch = [mujoco.MjData(self.model) for _ in range(num_threads)]
@@ -96,19 +98,28 @@ class Locomotion(TensorEnvs):
 
     def reset(self, tasks=None):
         self.draw = 0 if tasks is not None else self.resets + 1  # named tasks: the same noise every time
-        obs, info = super().reset(tasks)
-        self.goal = self.task.double().cpu().numpy()
-        return obs, info
+        return super().reset(tasks)
 
     def start(self):
-        """Gymnasium's first states: positions with noise from U(-0.1, 0.1), velocities from N(0, 0.1^2)."""
-        key = self.draw, self.elapsed // self.horizon
-        for_q, for_v = generator(self.seed, self.split, *key).spawn(2)  # a row for each environment: N does not matter
-        self.time[:] = 0
-        self.q[:] = self.model.qpos0 + for_q.uniform(-NOISE, NOISE, self.q.shape)
-        self.v[:] = for_v.normal(0, NOISE, self.v.shape)
+        self.goal = self.task.double().cpu().numpy()
         self.alive = np.ones(self.num_envs, bool)
+        return self.place(self.alive, self.elapsed // self.horizon)
+
+    def place(self, rows, *key):
+        """First states, of random numbers that `key` names, where `rows`, bool (N,). Returns obs (N, S)."""
+        for_q, for_v = generator(self.seed, self.split, self.draw, *key).spawn(2)
+        q, v = self.first_states(for_q, for_v)  # a row for each environment: N does not matter
+        self.time[rows], self.q[rows], self.v[rows] = 0, q[rows], v[rows]
         return self.tensor(self.observe(self.q, self.v))
+
+    def first_states(self, for_q, for_v):
+        """Gymnasium's: positions (N, nq) with noise from U(-0.1, 0.1), velocities (N, nv) from N(0, 0.1^2)."""
+        noise = for_q.uniform(-NOISE, NOISE, self.q.shape)
+        return self.model.qpos0 + noise, for_v.normal(0, NOISE, self.v.shape)
+
+    def control(self, a, goal):
+        """What MuJoCo reads in every substep (n, .), out of clipped actions (n, A) and tasks (n, G)."""
+        return a
 
     def step(self, action):
         """action (N, A), clipped to [-1, 1]. An environment whose episode ended early keeps its state, for reward 0."""
@@ -118,10 +129,11 @@ class Locomotion(TensorEnvs):
         alive, reward = self.alive, np.zeros(self.num_envs)
         if alive.any():
             a = action.detach().clamp(-1, 1).double().cpu().numpy()[alive]
-            q = self.q[alive]
-            states, _ = self.pool.rollout(self.model, self.scratch, self.state[alive], a[:, None], nstep=FRAME_SKIP)
+            q, goal = self.q[alive], self.goal[alive]
+            inputs = self.model, self.scratch, self.state[alive], self.control(a, goal)[:, None]
+            states, _ = self.pool.rollout(*inputs, control_spec=self.control_spec, nstep=self.frame_skip)
             self.state[alive] = states[:, -1]
-            reward[alive] = self.reward(q, self.q[alive], a, self.goal[alive])
+            reward[alive] = self.reward(q, self.q[alive], a, goal)
         info = {"final_obs": self.tensor(self.observe(self.q, self.v))}
         terminated = self.false
         if self.healthy_z:

@@ -29,7 +29,7 @@ from tests.test_belief import SCRIPTS, signals  # noqa: F401
 
 ALL = pytest.mark.parametrize("script", [varibad, dme, ldm], ids=lambda module: module.__name__)
 ROOT = Path(varibad.__file__).parent
-IDS = ["GridWorld", "SparsePointRobot", "ML1-reach", "ML10", "ML45"]
+IDS = ["GridWorld", "SparsePointRobot", "ML1-reach", "ML10", "ML45", "GridWorldAlternating", "Reacher"]
 TINY = (
     "--num-envs 4 --horizon 5 --episodes-per-task 2 --total-timesteps 160 --precollect 1 --num-minibatches 2 "
     "--hidden-dim 8 --policy-layers 8 --decoder-layers 8 --belief-batch 3 --buffer-size 10 --checkpoint-interval 2"
@@ -110,6 +110,8 @@ def trained(request, tmp_path_factory):
         ("--resume no/such/checkpoint.pt", "no/such/checkpoint.pt"),
         ("--evaluate .", "."),
         ("--seed 99999999999999999999", "--seed"),
+        ("--sessions 3", "has no sessions"),
+        ("--env-id GridWorldAlternating --sessions 3", "sessions 3"),
     ],
 )
 def test_bad_input(script, words, named, monkeypatch, capsys, tmp_path):
@@ -137,7 +139,9 @@ ANY = {  # what may be 0, negative or infinite, and why
 }
 ZERO = "seed eval_interval eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates "
 ZERO += "precollect belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef "
-ZERO += "belief_warmup obs_shift horizon episodes_per_task gamma gae_lambda decoder_dropout beta_w beta_y beta_z "
+ZERO += (
+    "belief_warmup obs_shift horizon episodes_per_task sessions gamma gae_lambda decoder_dropout beta_w beta_y beta_z "
+)
 ZERO += "virtual_rate virtual_low num_mixture_workers beta"
 
 
@@ -510,8 +514,8 @@ EXCEPTIONS[ldm] = {
     "train": "roles, A2C, what the buffer takes",
 }
 LEFT_OUT = {  # what a script does without
-    dme: set(),
-    ldm: {"META_WORLD", "SMALL_ML", "is_blind"},  # no presets of Meta-World; nothing waits for the belief
+    dme: {"SESSIONS"},  # no presets of environments with sessions
+    ldm: {"META_WORLD", "SMALL_ML", "is_blind", "SESSIONS"},  # nor of Meta-World; nothing waits for the belief
 }
 
 
