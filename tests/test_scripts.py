@@ -142,7 +142,7 @@ ZERO += "precollect belief_max_grad_norm action_embed tbptt elbo_terms decode_te
 ZERO += (
     "belief_warmup obs_shift horizon episodes_per_task sessions gamma gae_lambda decoder_dropout beta_w beta_y beta_z "
 )
-ZERO += "virtual_rate virtual_low num_mixture_workers beta"
+ZERO += "virtual_rate virtual_low num_mixture_workers beta buffer_add"
 
 
 @ALL
@@ -512,6 +512,7 @@ EXCEPTIONS[ldm] = {
     "rollout": "the policy's encoder, imaginary rewards (3.3)",
     "draw_pictures": "the policy's belief is not the decoder's",
     "train": "roles, A2C, what the buffer takes",
+    "main": "its oracles train on all tasks",
 }
 LEFT_OUT = {  # what a script does without
     dme: {"SESSIONS"},  # no presets of environments with sessions
