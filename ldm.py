@@ -91,8 +91,9 @@ class Args:
     session_process: Literal["", "fixed", "poisson", "bernoulli"] = ""  # their lengths; empty = the environment's own
 
     # A2C, PPO
-    # a2c: one step of RMSprop on the whole rollout (the authors' grid); ppo: minibatches of whole environments (their
-    # MuJoCo). Both go through encoder-p, from the end of a meta-episode to its start.
+    # a2c: one step on the whole rollout, of RMSprop for actor and critic and of Adam for encoder-p (the authors' grid);
+    # ppo: minibatches of whole environments, Adam for all (their MuJoCo). Both go through encoder-p, from the end of a
+    # meta-episode to its start.
     rl: Literal["a2c", "ppo"] = "a2c"
     learning_rate: float = 7e-4  # step size for actor, critic and encoder-p
     anneal_lr: bool = False  # let it fall linearly to 0
@@ -109,7 +110,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     # huber: variBAD's code, clipped values; mse: 1/2 squared error. A2C's is the squared error (the authors' code).
     value_loss: Literal["huber", "mse"] = "huber"
-    max_grad_norm: float = 0.5  # clip of the norm of the policy's gradient; 0 = off
+    max_grad_norm: float = 0.5  # clip of the gradient's norm, of actor and critic and of encoder-p; 0 = off
     norm_reward: bool = False  # divide the policy's rewards by the deviation of the discounted return, clip at 10
     policy_layers: tuple[int, ...] = (32,)  # hidden layers (tanh) of actor and critic
     policy_latent_dim: int = 32  # encoder-p's latent: the policy sees a mean and a log-variance, each of this dimension
@@ -168,8 +169,9 @@ class Args:
 
 
 # The authors' hyper-parameters, from the configurations of their code; Args' defaults are those of GridWorldLDM.
-LOCOMOTION = dict(  # per meta-episode of 400 steps, where they count by 200
-    total_timesteps=200_000_000, horizon=200, episodes_per_task=2, eval_interval=25, checkpoint_interval=25, rl="ppo",
+LOCOMOTION = dict(  # an iteration is a meta-episode of 400 steps, theirs 200: here twice the minibatches and updates
+    total_timesteps=200_000_000, horizon=200, episodes_per_task=2, eval_interval=250, checkpoint_interval=250, rl="ppo",
+    num_minibatches=8, belief_updates=4,
     gamma=0.97, gae_lambda=0.9, ent_coef=0.01, ent_coef_end=0.01, norm_reward=True, policy_layers=(128,),
     policy_latent_dim=128, policy_state=True, belief_batch=10, buffer_size=10_000, action_embed=16, reward_embed=16,
     latent_dim=5, elbo_terms=50, decode_terms=50, reward_decoder="mlp", decode="shared", decoder_layers=(64, 32),
@@ -186,11 +188,11 @@ PRESETS = {
         kl_coef=1 / 300,
     ),
     "HalfCheetahVel": LOCOMOTION | dict(
-        total_timesteps=50_000_000, clip_coef=0.1, belief_updates=1, num_mixture_workers=4,
+        total_timesteps=50_000_000, clip_coef=0.1, belief_updates=2, num_mixture_workers=4,
     ),
     "HalfCheetahDir": LOCOMOTION | dict(split_rule="varibad"),  # not one of the paper's: two tasks, to train and test
     "AntDir": LOCOMOTION | dict(buffer_add=0.8),
-    "AntGoal": LOCOMOTION | dict(num_minibatches=1, policy_state=False, latent_dim=10, beta=2.0),
+    "AntGoal": LOCOMOTION | dict(num_minibatches=2, policy_state=False, latent_dim=10, beta=2.0),
 }  # fmt: skip
 YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
 SMALL = {}  # nothing less without a GPU
@@ -247,8 +249,10 @@ def check_args(args):
         raise BadInput(
             f"--num-envs {args.num_envs}, --belief-batch {args.belief_batch}: {ranks()} processes cannot share them"
         )
-    if args.num_envs // ranks() % args.num_minibatches:  # a minibatch holds whole meta-episodes
+    if args.rl == "ppo" and args.num_envs // ranks() % args.num_minibatches:  # a minibatch holds whole meta-episodes
         raise BadInput(f"--num-minibatches {args.num_minibatches} does not divide --num-envs {args.num_envs}")
+    if 0 < args.num_mixture_workers < ranks():
+        raise BadInput(f"--num-mixture-workers {args.num_mixture_workers}: {ranks()} processes cannot share them")
     if args.num_mixture_workers and args.num_envs // ranks() - -(-args.num_mixture_workers // ranks()) < 2:
         raise BadInput(
             f"--num-mixture-workers {args.num_mixture_workers} leaves fewer than 2 of --num-envs {args.num_envs} to mix"
@@ -410,6 +414,11 @@ class Agent(nn.Module):
             self.log_std_low, self.log_std_high = math.log(args.std_min), math.log(args.std_max)
             share = (math.log(args.std_init) - self.log_std_low) / (self.log_std_high - self.log_std_low)
             self.raw_std = nn.Parameter(torch.full((n_out,), math.log(share / (1 - share))))
+
+    def parts(self):
+        """The modules whose gradients are clipped one by one: actor and critic, and encoder-p."""
+        std = [] if self.discrete else [nn.ParameterList([self.raw_std])]
+        return [nn.ModuleList([self.actor, self.critic, *std])] + ([self.encoder] if self.encoder else [])
 
     def beliefs(self, data):
         """Encoder-p on whole meta-episodes, with gradients: obs, acted_on (T, B, S), actions, rewards -> (T + 1, B, .).
@@ -575,7 +584,7 @@ class BeliefEncoder(nn.Module):
         """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
         return self.heads(hidden).chunk(2, -1)
 
-    def belief(self, hidden, deterministic=False):
+    def belief(self, hidden):
         """What the policy sees of encoder-p: mean and log-variance (N, 2 Z)."""
         return self.heads(hidden)
 
@@ -848,6 +857,32 @@ def normalise_rewards(rewards, alive, return_norm, args):
     return (rewards / return_norm.std).clamp(-10, 10)
 
 
+class A2COptimizer:
+    """RMSprop for actor and critic, Adam for encoder-p, as in the authors' code; seen from outside, one optimizer."""
+
+    def __init__(self, agent, learning_rate):
+        policy, *encoder = agent.parts()
+        self.both = [torch.optim.RMSprop(policy.parameters(), learning_rate, 0.99, 1e-5)]
+        self.both += [torch.optim.Adam(part.parameters(), learning_rate, fused=True) for part in encoder]
+        self.param_groups = [group for optimizer in self.both for group in optimizer.param_groups]
+
+    def zero_grad(self):
+        for optimizer in self.both:
+            optimizer.zero_grad()
+
+    def step(self):
+        for optimizer in self.both:
+            optimizer.step()
+
+    def state_dict(self):
+        return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.both)}
+
+    def load_state_dict(self, state):
+        for i, optimizer in enumerate(self.both):
+            optimizer.load_state_dict(state[str(i)])
+        self.param_groups = [group for optimizer in self.both for group in optimizer.param_groups]
+
+
 def a2c_update(agent, optimizer, data, ent_coef, args):
     """One gradient step of the actor-critic on an iteration's steps, end to end through encoder-p. Returns its terms.
 
@@ -860,7 +895,7 @@ def a2c_update(agent, optimizer, data, ent_coef, args):
     v_loss = ((value - data["returns"]).square() * weight).sum()
     entropy = (entropy * weight).sum()
     loss = pg_loss + args.vf_coef * v_loss - ent_coef * entropy
-    descend(optimizer, loss, [agent], args.max_grad_norm, "policy")
+    descend(optimizer, loss, agent.parts(), args.max_grad_norm, "policy")
     return dict(policy=pg_loss.detach(), value=v_loss.detach(), entropy=entropy.detach())
 
 
@@ -899,7 +934,7 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
                 v_loss = 0.5 * ((value - mb["returns"]).square() * weight).sum()
             entropy = (entropy * weight).sum()
             loss = pg_loss + args.vf_coef * v_loss - ent_coef * entropy
-            descend(optimizer, loss, [agent], args.max_grad_norm, "policy")
+            descend(optimizer, loss, agent.parts(), args.max_grad_norm, "policy")
             with torch.no_grad():
                 approx_kl = ((ratio - 1 - logratio) * weight).sum()
                 clipfrac = (((ratio - 1).abs() > args.clip_coef) * weight).sum()
@@ -1272,9 +1307,13 @@ def main(args):
     state = load_checkpoint(args.resume or args.evaluate, device) if args.resume or args.evaluate else None
     name = f"{args.env_id.replace(':', '.')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir or f"runs/{name}")
-    envs = make_args_envs(args, args.num_envs // ranks(), "all" if args.oracle else "train", device)
+    envs = make_args_envs(args, args.num_envs // ranks(), "train", device)
     eval_envs = {}
     try:
+        if args.oracle:
+            if not getattr(envs, "joins", False):
+                raise BadInput(f"--oracle: {args.env_id} has no split that joins train and test")
+            envs = make_args_envs(args, args.num_envs // ranks(), "all", device)
         for name in ("horizon", "episodes_per_task"):
             if getattr(args, name) not in (0, getattr(envs, name)):
                 raise BadInput(
@@ -1302,7 +1341,7 @@ def train(args, envs, eval_envs, device, folder, state):
         sizes = [envs.reset(tasks=[envs.tasks[0]] * envs.num_envs)[1]["task"].shape[1]]
     agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, sizes).to(device)
     if args.rl == "a2c":
-        optimizer, update = torch.optim.RMSprop(agent.parameters(), args.learning_rate, 0.99, 1e-5), a2c_update
+        optimizer, update = A2COptimizer(agent, args.learning_rate), a2c_update
     else:
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
         update = ppo_update
@@ -1381,7 +1420,8 @@ def train(args, envs, eval_envs, device, folder, state):
         while iteration < iterations and not stop:
             iteration += 1
             left = 1 - (iteration - 1) / iterations
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
             belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
             ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
             clock = [time.perf_counter()]

@@ -150,12 +150,18 @@ def test_dropout_while_imagining():
 
 @pytest.mark.parametrize("env_id", ["GridWorldLDM", "SparsePointRobot"])
 def test_nothing_imagined_in_the_buffer(env_id, monkeypatch, tmp_path):
-    """In a run, the buffer holds normal workers alone, the policy learns from all, true rewards set the scale."""
+    """In a run, the buffer holds normal workers alone, the policy learns from imaginary rewards too, and the true ones
+    set the scale."""
     made, rollout, scales, normalise = [], ldm.rollout, [], ldm.normalise_rewards
     monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
     monkeypatch.setattr(ldm, "normalise_rewards", lambda r, *a: scales.append(r.clone()) or normalise(r, *a))
     learnt, update = [], ldm.a2c_update if env_id == "GridWorldLDM" else ldm.ppo_update
-    monkeypatch.setattr(ldm, update.__name__, lambda a, o, data, *r: learnt.append(data) or update(a, o, data, *r))
+
+    def spy(agent, optimizer, data, *rest):
+        learnt.append(data | dict(scale=agent.return_norm.std.clone()))
+        return update(agent, optimizer, data, *rest)
+
+    monkeypatch.setattr(ldm, update.__name__, spy)
     words = ["--tbptt", "0", "--horizon", "5"]
     end = run(ldm, tmp_path, "--env-id", env_id, *words)
     assert len(made) == 4 and len(learnt) == 3
@@ -165,7 +171,10 @@ def test_nothing_imagined_in_the_buffer(env_id, monkeypatch, tmp_path):
     roles = {tuple(sorted(data["normal"].tolist())) for data in made}
     assert len(roles) > 1 and all(len(role) == 2 for role in roles)
     for data, seen in zip(made[1:], learnt):
-        assert data["rewards"] is seen["rewards"]
+        rewards = data["rewards"] if env_id == "GridWorldLDM" else (data["rewards"] / seen["scale"]).clamp(-10, 10)
+        args = SimpleNamespace(**end["args"])
+        credit = ldm.gae(rewards, seen["values"], data["terminated"], data["alive"], args)
+        assert torch.equal(seen["advantages"], credit[0]) and torch.equal(seen["returns"], credit[1])
         assert (data["rewards"] != data["true_rewards"]).any(0).sum() == 2
     for data, scale in zip(made, scales):
         assert torch.equal(scale, data["true_rewards"])
@@ -230,6 +239,60 @@ def test_a2c_gradient_equals_a_loop(policy_state, monkeypatch):
                 loss = loss + (pg + 0.5 * v - 0.1 * -(logprobs.exp() * logprobs).sum()) / 39
     torch.testing.assert_close(taken[0], gradients(loss, s.agent), atol=1e-6, rtol=1e-4)
     assert all(taken[0][name].any() for name in taken[0] if "encoder" in name)
+
+
+@pytest.mark.parametrize("value_loss", ["huber", "mse"])
+def test_ppo_gradient_equals_a_loop(value_loss, monkeypatch):
+    """The clipped objective of one minibatch and its gradient, from old log-probabilities and values that differ."""
+    s = setup(rl="ppo", value_loss=value_loss, update_epochs=1, clip_coef=0.2)
+    data, _ = imagined(s)
+    data["alive"][5, 2] = False
+    data["advantages"], data["returns"] = torch.randn(2, 8, 5)
+    data["logprobs"], data["values"] = -1.6 + 0.3 * torch.randn(8, 5), torch.randn(9, 5)
+    taken = []
+    monkeypatch.setattr(ldm, "descend", lambda optimizer, loss, *_: taken.append(gradients(loss, s.agent)))
+    ldm.ppo_update(s.agent, None, data, 0.1, s.args)
+    alive = data["alive"]
+    advantages = (data["advantages"] - data["advantages"][alive].mean()) / data["advantages"][alive].std(correction=0)
+    beliefs, loss, clipped = loop_beliefs(s, data), 0, 0
+    for t, n in alive.nonzero().tolist():
+        logprobs, value = s.agent.actor(beliefs[t, n]).log_softmax(-1), s.agent.critic(beliefs[t, n])[0]
+        ratio, a = (logprobs[data["actions"][t, n]] - data["logprobs"][t, n]).exp(), advantages[t, n]
+        bound = 1.2 if a > 0 else 0.8  # beyond it nothing is gained
+        outside = ratio > bound if a > 0 else ratio < bound
+        clipped += outside.item()
+        pg = -a * (bound if outside else ratio)
+        old, target = data["values"][t, n], data["returns"][t, n]
+        if value_loss == "mse":
+            v = 0.5 * (value - target) ** 2
+        else:
+            near = old + min(max(value - old, torch.tensor(-0.2)), torch.tensor(0.2))
+            v = 0.5 * max(F.huber_loss(value, target), F.huber_loss(near, target))
+        loss = loss + (pg + 0.5 * v + 0.1 * (logprobs.exp() * logprobs).sum()) / 39
+    assert 2 < clipped < 37
+    torch.testing.assert_close(taken[0], gradients(loss, s.agent), atol=1e-6, rtol=1e-3)
+
+
+def test_steps_of_a2c():
+    """The first step of RMSprop (alpha 0.99, epsilon 1e-5) for actor and critic, of Adam for encoder-p; both resume."""
+    s = setup()
+    before = {name: p.detach().clone() for name, p in s.agent.named_parameters()}
+    made = [ldm.A2COptimizer(s.agent, 0.01) for _ in range(2)]
+    for p in s.agent.parameters():
+        p.grad = torch.randn_like(p)
+    made[0].step()
+    for name, p in s.agent.named_parameters():
+        g = p.grad
+        step = g / (g.abs() + 1e-8) if "encoder" in name else g / (0.1 * g.abs() + 1e-5)
+        torch.testing.assert_close(p.detach(), before[name] - 0.01 * step)
+    made[1].load_state_dict(made[0].state_dict())
+    for group in made[1].param_groups:
+        group["lr"] = 0.0
+    after = {name: p.detach().clone() for name, p in s.agent.named_parameters()}
+    made[1].step()
+    assert all(torch.equal(after[name], p) for name, p in s.agent.named_parameters())
+    made[1].zero_grad()
+    assert all(p.grad is None for p in s.agent.parameters())
 
 
 def test_ppo_reads_whole_meta_episodes(monkeypatch):
@@ -372,7 +435,7 @@ def test_rl2(tmp_path, monkeypatch):
     monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
     end = run(ldm, tmp_path, "--num-mixture-workers", "0", eval_interval=0)
     assert not end["processes"][0]["buffer"]["store"] and not end["belief_optimizer"]["state"]
-    assert end["optimizer"]["state"]
+    assert all(part["state"] for part in end["optimizer"].values())
     assert all(torch.equal(data["rewards"], data["true_rewards"]) for data in made)
 
 
@@ -395,7 +458,8 @@ def test_resume(env_id, tmp_path):
         ("--num-mixture-workers -1", "--num-mixture-workers"),
         ("--beta -0.5", "--beta"),
         ("--beta nan", "--beta"),
-        ("--num-minibatches 3", "--num-minibatches 3"),
+        ("--rl ppo --num-minibatches 3", "--num-minibatches 3"),
+        ("--env-id SparsePointRobot --oracle", "--oracle"),
         ("--env-id SparsePointRobot --reward-decoder bernoulli", "bernoulli"),
         ("--no-belief --oracle-context", "--oracle-context"),
         ("--policy-latent-dim 0", "--policy-latent-dim"),
@@ -418,8 +482,10 @@ def test_every_split_is_evaluated(tmp_path):
 
 
 def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
-    """Figure 4: each column's weights are those of (1), at the workers' goals; its rewards are those of m^."""
+    """Figure 4: each column's weights are those of (1), at the workers' goals; its rewards are those of m^, the mixture
+    of the workers' last posteriors."""
     calls, made = [], {}
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     monkeypatch.setattr(ldm, "draw_mixed_tasks", lambda *words: calls.append(words))
     for owner, name in ((ldm.BeliefModel, "cell_logits"), (ldm, "draw_mixture"), (ldm, "rollout")):
         function, log = getattr(owner, name), made.setdefault(name, [])
@@ -427,15 +493,21 @@ def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
     run(ldm, tmp_path, "--beta", "1.5", "--mix-dimensions", eval_interval=0)
     (file, weights, rewards, train) = calls[0]
     assert file == tmp_path / "imagined.png" and train.split == "train"
-    goals = made["rollout"][-1][1]["task"].int().tolist()
-    expected = np.zeros((5, 49))
+    played, ((model, m), logits) = made["rollout"][-1][1], made["cell_logits"][-1]
+    goals, hidden = played["task"].int().tolist(), torch.zeros(len(played["task"]), model.encoder.gru.hidden_size)
+    for t in range(10):
+        hidden = model.step(*(played[name][t] for name in ("actions", "next_obs", "rewards")), hidden)
+    latents = model.posterior(hidden)[0].detach()
+    expected, mixed = np.zeros((5, 49)), []
     for column, (_, (_, imagining, alpha)) in zip(expected, made["draw_mixture"][-5:]):
         worker = imagining.nonzero()[0]
         for (x, y), weight in zip(goals, alpha[worker][0].mean(-1).tolist()):
             column[7 * x + y] += weight
+        mixed.append(sum(weight * latent for weight, latent in zip(alpha[worker][0], latents)))
+    torch.testing.assert_close(m, torch.stack(mixed)[None], atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(weights, expected, atol=1e-6)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
-    p = Bernoulli(logits=made["cell_logits"][-1][1][0]).probs.numpy()
+    p = Bernoulli(logits=logits[0]).probs.numpy()
     np.testing.assert_allclose(rewards, p * 1 + (1 - p) * -0.1, atol=1e-6)
 
 

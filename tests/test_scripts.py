@@ -150,7 +150,7 @@ ZERO += "precollect belief_max_grad_norm action_embed tbptt elbo_terms decode_te
 ZERO += (
     "belief_warmup obs_shift horizon episodes_per_task sessions gamma gae_lambda decoder_dropout beta_w beta_y beta_z "
 )
-ZERO += "virtual_rate virtual_low num_mixture_workers beta consistency_coef termination_coef"
+ZERO += "virtual_rate virtual_low num_mixture_workers beta buffer_add consistency_coef termination_coef"
 
 
 @ALL
@@ -521,6 +521,7 @@ EXCEPTIONS[ldm] = {
     "rollout": "the policy's encoder, imaginary rewards (3.3)",
     "draw_pictures": "the policy's belief is not the decoder's",
     "train": "roles, A2C, what the buffer takes",
+    "main": "its oracles train on all tasks",
 }
 EXCEPTIONS[dynamite_rl] = {
     "Args": "its own arguments; the defaults are its grid's",
