@@ -104,7 +104,7 @@ def trained(request, tmp_path_factory):
     [
         ("--env-id GridWrld", "GridWorld"),
         ("--env-id no_such_module:factory", "no_such_module"),
-        ("--num-minibatches 7", "--num-minibatches 7"),
+        ("--env-id SparsePointRobot --tbptt 0 --num-minibatches 7", "--num-minibatches 7"),
         ("--tbptt 7", "--tbptt 7"),
         ("--buffer-size 3", "--buffer-size 3"),
         ("--num-envs 0", "--num-envs"),
