@@ -26,12 +26,12 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mujoco
 import numpy as np
 import torch
 from gymnasium.spaces import Box
 
 from common.envs import TensorEnvs
+from common.film import Film, mujoco
 from common.sessions import Sessions, named_draws
 from common.workers import cores
 
@@ -266,6 +266,26 @@ class ScratchItch(Sessions, TensorEnvs):
                 scratched[i] = norm(point - self.last[i]) > 0.01
                 self.last[i] = np.where(scratched[i], point, self.last[i])
         return on_person, near, scratched
+
+    def film(self, name, row, actions, path, every=5):
+        """Plays a meta-episode again, and draws it, with a green ball where it itches: an animated GIF at `path`.
+
+        name: the task. row: no matter. actions: float32 (T, 7), as `step` received them. every: steps from one picture
+        to the next. Returns the rewards, float32 (T,), to the last bit. Raises BadInput where MuJoCo cannot draw.
+        """
+        sizes = self.horizon, self.episodes_per_task, self.sessions, self.session_process, self.amplitude
+        env = ScratchItch(1, self.split, self.seed, "cpu", *sizes, num_threads=1)
+        env.reset(tasks=[name])
+        film = Film(env.models[env.woman[0]], "view", self.horizon, 0.1, every)
+        rewards = np.zeros(len(actions), np.float32)
+        for t, action in enumerate(torch.as_tensor(actions).unsqueeze(1)):
+            data = env.data[0]  # at the end of an episode the next one has its own
+            _, reward, _, _, info = env.step(action)
+            rewards[t] = reward
+            film.step(t, data, info["success"], env.itch[0])
+        film.save(path)
+        env.close()
+        return rewards
 
     def close(self):
         self.pool.shutdown()
