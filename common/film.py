@@ -49,7 +49,7 @@ class Film:
         self.renderer.update_scene(data, camera=self.camera)
         if mark is not None:
             scene = self.renderer.scene
-            ball, size, colour = mujoco.mjtGeom.mjGEOM_SPHERE, (0.015, 0, 0), (0.1, 0.9, 0.2, 1)
+            ball, size, colour = mujoco.mjtGeom.mjGEOM_SPHERE, (0.018, 0, 0), (0.1, 0.9, 0.2, 1)
             mujoco.mjv_initGeom(scene.geoms[scene.ngeom], ball, size, mark, np.eye(3).flatten(), np.float32(colour))
             scene.ngeom += 1
         picture = self.renderer.render()

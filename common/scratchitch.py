@@ -276,7 +276,7 @@ class ScratchItch(Sessions, TensorEnvs):
         sizes = self.horizon, self.episodes_per_task, self.sessions, self.session_process, self.amplitude
         env = ScratchItch(1, self.split, self.seed, "cpu", *sizes, num_threads=1)
         env.reset(tasks=[name])
-        film = Film(env.models[env.woman[0]], "view", self.horizon, 0.1, every)
+        film = Film(env.models[env.woman[0]], "close", self.horizon, 0.1, every)
         rewards = np.zeros(len(actions), np.float32)
         for t, action in enumerate(torch.as_tensor(actions).unsqueeze(1)):
             data = env.data[0]  # at the end of an episode the next one has its own
