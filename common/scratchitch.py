@@ -41,7 +41,7 @@ HAND = np.array([-0.6, 0, 0.8])  # where the robot's hand is at first, up to HAN
 HAND_NOISE = 0.05
 HAND_QUAT = np.array([0.5**0.5, 0, 0.5**0.5, 0])  # the tool points at the person, along x
 FOR_POSES = 4  # the last part of a key of `generator`, as in common/sessions.py
-TRIES = 200  # of the search for a first pose; one in five or so succeeds
+GOALS, STARTS = 20, 16  # of the search for a first pose: places for the hand, and tries for each; one in five succeeds
 
 # The woman's sizes, where scratchitch.xml has the man's. Positions are those of the right side.
 WOMAN_BODIES = {
@@ -84,22 +84,21 @@ def make_model(woman=False):
 
 
 def first_pose(model, data, u):
-    """Sets the robot to a pose whose hand is near HAND, and that touches nothing. u: uniform numbers (TRIES, 10).
+    """Sets the robot to a pose whose hand is near HAND, and that touches nothing. u: uniform numbers, GOALS rows.
 
     Damped least squares (Wampler, 1986) from random angles, until a try ends within all limits and touches nothing.
-    Where the hand should be is drawn anew for each (ours): a part of the cube, beyond x = -0.63, is out of reach.
+    A third of the cube is out of reach, beyond x = -0.63: after STARTS tries the hand gets another place (ours).
     Raises RuntimeError if no try succeeds.
     """
     hand, jacobian, error = model.body("hand").id, np.zeros((6, model.nv)), np.zeros(6)
     limited = model.jnt_limited[JOINTS] == 1
     low, high = np.where(limited, model.jnt_range[JOINTS].T, [[-np.pi], [np.pi]])
-    for start in u:
-        goal = HAND + HAND_NOISE * (2 * start[:3] - 1)
-        q = low + (high - low) * start[3:]
+    for goal, start in ((row[:3], start) for row in u for start in row[3:].reshape(STARTS, 7)):
+        q = low + (high - low) * start
         for _ in range(30):
             data.qpos[JOINTS] = q
             mujoco.mj_kinematics(model, data)
-            error[:3] = goal - data.xpos[hand]
+            error[:3] = HAND + HAND_NOISE * (2 * goal - 1) - data.xpos[hand]
             mujoco.mju_subQuat(error[3:], HAND_QUAT, data.xquat[hand])  # in the hand's frame
             mujoco.mju_rotVecQuat(error[3:], error[3:].copy(), data.xquat[hand])
             if error @ error < 1e-6:
@@ -111,11 +110,13 @@ def first_pose(model, data, u):
         else:
             continue
         q = np.where(limited, q % (2 * np.pi), wrapped(q))
+        if (q < low).any() or (q > high).any():
+            continue
         data.qpos[JOINTS] = data.ctrl[JOINTS] = q
         mujoco.mj_forward(model, data)
-        if data.ncon == 0 and (low <= q).all() and (q <= high).all():
+        if data.ncon == 0:
             return
-    raise RuntimeError(f"no first pose of the robot in {len(u)} tries")
+    raise RuntimeError(f"no first pose of the robot in {len(u) * STARTS} tries")
 
 
 def wrapped(angle):
@@ -193,7 +194,9 @@ class ScratchItch(Sessions, TensorEnvs):
         self.begin()
         self.data = [mujoco.MjData(self.models[woman]) for woman in self.woman]
         self.views = [[getattr(d, name) for d in self.data] for name in ("qpos", "xpos", "xmat", "sensordata")]
-        self.in_threads(self.first_pose, self.draws(FOR_POSES, 10 * TRIES).reshape(-1, TRIES, 10))
+        self.in_threads(
+            self.first_pose, self.draws(FOR_POSES, GOALS * (3 + 7 * STARTS)).reshape(-1, GOALS, 3 + 7 * STARTS)
+        )
         self.read()
         self.force = np.zeros(self.num_envs)  # on the tool
         self.last = np.zeros((self.num_envs, 3))  # the last scratch
