@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from common.envs import make_envs
-from common.scratchitch import ScratchItch, make_model
+from common.scratchitch import ScratchItch, first_pose, make_model
 from tests.test_video import renderer  # noqa: F401
 
 MODELS = {"man": make_model(), "woman": make_model(woman=True)}
@@ -271,12 +271,15 @@ def test_many_sessions():
 # ---------- Rewards ----------
 
 
-def scripted(envs, rng, dither=0.02):
-    """Actions that bring the tip to a point near the itch, another one in each step: its Jacobian's damped inverse."""
+def scripted(envs, rng, dither=0.02, goals=()):
+    """Actions that bring the tip to a point near the itch, another one in each step, or to the goal of an environment
+    in `goals`, a dictionary: its Jacobian's damped inverse."""
     actions = np.zeros((envs.num_envs, 7))
     for i, data in enumerate(envs.data):
         model, limb = envs.models[envs.woman[i]], envs.limb[i]
         goal = data.xpos[limb] + data.xmat[limb].reshape(3, 3) @ (envs.place[i] + rng.normal(0, dither, 3))
+        if i in goals:
+            goal = np.array(goals[i])
         jacobian = np.zeros((3, model.nv))
         mujoco.mj_jacBody(model, data, jacobian, None, envs.tip)
         J, way = jacobian[:, :7], goal - data.xpos[envs.tip]
@@ -294,7 +297,7 @@ def by_hand(envs, i, action, x, last):
     along = x * (upper + fore)
     limb, place = ("upper_arm", (upper_radius, along)) if along <= upper else ("forearm", (fore_radius, along - upper))
     itch = data.body(limb).xpos + data.body(limb).xmat.reshape(3, 3) @ [-place[0], 0, -place[1]]
-    on_person = on_tool = near = 0
+    on_person = on_tool = near = several = 0
     point, strongest, force = None, -1, np.zeros(6)
     robot = {model.body(f"link{k}").id for k in range(1, 8)} | {model.body("base").id}
     tool = {model.body("tool").id, model.body("tip").id}
@@ -310,7 +313,7 @@ def by_hand(envs, i, action, x, last):
         on_person += force[0]
         p = data.contact[k].pos
         if model.geom(geoms[0]).name in ("rod", "tip") and np.linalg.norm(p - itch) < 0.025:
-            near += force[0]
+            near, several = near + force[0], several + 1
             if force[0] > strongest:
                 point, strongest = p.copy(), force[0]
     velocity = np.zeros(6)
@@ -327,6 +330,7 @@ def by_hand(envs, i, action, x, last):
             presses=near >= 10,
             elsewhere=on_person > near,
             again=point is not None and not scratch and near < 10,
+            several=several > 1,
             furniture=on_tool > on_person,
             arm=on_person > on_tool,
         ),
@@ -336,30 +340,45 @@ def by_hand(envs, i, action, x, last):
 
 def test_rewards_by_hand():
     """Every term, from MuJoCo's own account of contacts and velocities; forces in the observation; scratches."""
-    envs = ScratchItch(6, seed=5)
+    envs = ScratchItch(8, seed=5)
     envs.reset()
-    x, last, rng = [0.5] * 6, np.zeros((6, 3)), np.random.default_rng(0)
+    x, last, rng = [0.5] * 8, np.zeros((8, 3)), np.random.default_rng(0)
     assert set(envs.woman) == {0, 1}
-    seen, scratches = {}, np.zeros(6, int)
+    seen, scratches = {}, np.zeros(8, int)
+    astray = {4: [-0.27, -0.07, 0.69], 5: [0, 0.03, 0.9]}  # into the arm rest, the chest
+    astray |= {6: [0.15, -0.25, 0.95], 7: [0.1, -0.35, 0.75]}  # across the lap: links of the robot touch
     for t, noise in enumerate(random_actions(envs)[:199]):
-        action = scripted(envs, rng, 0.03)
+        action = scripted(envs, rng, 0.03, astray)
         action[1:3] = (3 * action + noise / 3)[1:3]  # with force, and beyond what is clipped
-        if t > 100:
-            action[3] = noise[3]
-        if 30 < t < 120:
-            action[4:, 2] += torch.tensor([1, -1])  # astray
         _, reward, terminated, truncated, info = envs.step(action)
         assert not terminated.any() and not truncated.any()
-        for i in range(6):
+        for i in range(8):
             expected, what, on_tool = by_hand(envs, i, action[i], x[i], last)
             assert reward[i].item() == pytest.approx(expected, abs=1e-5), (t, i, what)
             assert info["final_obs"][i, -1].item() == pytest.approx(on_tool, rel=1e-6, abs=1e-6)
+            close(envs.last[i], last[i], 1e-12)
             scratches[i] += what["scratches"]
             assert info["success"][i].item() == (scratches[i] >= 25)
             seen = {name: seen.get(name, 0) + bool(value) for name, value in what.items()}
         x = info["context"][:, 0].tolist()
-    assert min(seen.values()) >= 3, seen
+    assert min(seen.values()) >= 2, seen
     assert info["success"].any() and not info["success"].all()
+
+
+def test_the_handle_does_not_scratch():
+    """The person is moved until the forearm lies across the handle, or across the tip, right where it itches."""
+    for body, scratches in (("tool", False), ("tip", True)):
+        envs = Still(1, "man")
+        envs.at_q0([0, 0, 0])
+        model, data = envs.models[0], envs.data[0]
+        above = {"tool": 0.025, "tip": 0.01}[body] + 0.033 - 1e-4
+        forearm = data.body("forearm").xpos - [0, 0.13, 0]
+        model.body("person").pos += data.body(body).xpos + [0, 0, above] - forearm
+        set_state(envs, 0, Q0)
+        envs.itch = data.body(body).xpos + [[0, 0, above - 0.033]]
+        _, near, scratched = envs.touch()
+        assert 0 < envs.force[0] < 10
+        assert near[0] == scratches * envs.force[0] and scratched[0] == scratches
 
 
 def test_an_episode_forgets_the_last_scratch():
@@ -465,6 +484,14 @@ def test_first_poses():
     offset = hands - [-0.6, 0, 0.8]
     assert abs(offset).max() < 0.051 and (offset.std(0) > 0.015).all()
     assert len(obs.unique(dim=0)) == 60
+
+
+def test_a_first_pose_touches_nothing():
+    model = make_model()
+    model.body("person").pos[:] = [-0.35, 0, 0.8]  # the chest is where the tool should be
+    u = np.random.default_rng(0).random((20, 3 + 7 * 16))
+    with pytest.raises(RuntimeError, match="no first pose of the robot in 320 tries"):
+        first_pose(model, mujoco.MjData(model), u)
 
 
 def test_evaluation_tasks():
