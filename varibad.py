@@ -227,8 +227,8 @@ SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cu
 }  # fmt: skip
 for name in ("ML1-reach", "ML1-reach-wall"):  # an object stands about that has nothing to do with the goal
     SMALL[name] = SMALL["ML1"] | dict(obs_shift=2.0)
-for name in ("Reacher", "HalfCheetahDirSessions", "HalfCheetahVelSessions", "HalfCheetahWindVelSessions"):
-    SMALL[name] = dict(num_envs=64, eval_interval=100, checkpoint_interval=100)
+SMALL |= {name: dict(num_envs=64, eval_interval=100, checkpoint_interval=100) for name in PRESETS if "Sessions" in name}
+SMALL |= dict(Reacher=SMALL["HalfCheetahVelSessions"], GridWorldAlternating=dict(elbo_terms=20))
 
 
 def parse_args(argv=None):

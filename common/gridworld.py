@@ -1,6 +1,6 @@
 """Grid worlds with a hidden goal, on the device: variBAD's (Zintgraf et al., JMLR 2021, section 5.1), LDM's, whose
 training and test goals are disjoint (Lee and Chung, NeurIPS 2021, sections 5.1.1 and 5.1.2), and DynaMITE-RL's, with
-two goals that take turns (2024, appendix D.1)."""
+two goals that take turns (Liang et al., 2024, appendix D.1)."""
 
 import torch
 from gymnasium.spaces import Discrete

@@ -1,7 +1,8 @@
 """Reacher and HalfCheetah whose goal, direction, velocity or wind changes from session to session, on batched MuJoCo.
 
-The environments of DynaMITE-RL (2024, appendix D.2), which ran them on Brax: the models here are Gymnasium's
-Reacher-v5 and HalfCheetah-v5, so that returns differ in size. i = 0, 1, .. is the number of a session in its episode:
+The environments of DynaMITE-RL (Liang et al., 2024, appendix D.2), which ran them on Brax: the models here are
+Gymnasium's Reacher-v5 and HalfCheetah-v5, so that returns differ in size. i = 0, 1, .. is the number of a
+session in its episode:
 
                                 context                                             reward of a step
     Reacher                     goal r (cos(alpha i), sin(alpha i)) in m            -|fingertip - goal| - 0.05 |a|
@@ -17,12 +18,11 @@ alpha, of the direction, and of the sessions' lengths, which are all that two ta
 
 import math
 
-import mujoco
 import numpy as np
 import torch
 
 from common.envs import SPLITS, BadInput
-from common.locomotion import HalfCheetah, Locomotion
+from common.locomotion import HalfCheetah, Locomotion, mujoco
 from common.sessions import Sessions, named_draws, two_contexts
 
 

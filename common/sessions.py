@@ -1,4 +1,4 @@
-"""Sessions (Zhou et al., "DynaMITE-RL", 2024, section 3): spans of an episode, each with one latent context.
+"""Sessions (Liang et al., "DynaMITE-RL", 2024, section 3): spans of an episode, each with one latent context.
 
     class Mine(Sessions, TensorEnvs):       # or another back end of common/envs.py with its `reset` and `step`
         def __init__(self, num_envs, ..., sessions=0, session_process=""):

@@ -308,6 +308,11 @@ def test_grid_tasks():
     assert len(counts) == 21 * 20 and chi_square(list(counts.values()), [50] * 420) < 5
     assert torch.cat(firsts).float().mean().item() == pytest.approx(0.5, abs=0.015)
     assert torch.cat(switches, 1).float().mean(1).tolist() == pytest.approx([0.8] * 3, abs=0.015)
+    envs = make_envs("GridWorldAlternating", 2000, session_process="poisson")
+    _, info = envs.reset()
+    first = (info["context"] == info["task"][:, :2]).all(1)
+    length = envs.ends.float().argmax(0)  # no news of the context
+    assert abs(np.corrcoef(first, length)[0, 1]) < 0.1
     tables = {split: make_envs("GridWorldAlternating", 1, split).task_table for split in ("train", "test")}
     for table in tables.values():
         assert table.shape == (512, 4) and len(table.unique(dim=0)) > 250
