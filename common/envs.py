@@ -63,6 +63,7 @@ FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10
     "HalfCheetahDirSessions": "common.locomotion_sessions:HalfCheetahDirSessions",
     "HalfCheetahVelSessions": "common.locomotion_sessions:HalfCheetahVelSessions",
     "HalfCheetahWindVelSessions": "common.locomotion_sessions:HalfCheetahWindVelSessions",
+    "ScratchItch": "common.scratchitch:ScratchItch",
 }
 
 

@@ -9,23 +9,14 @@ environment of its own, to the same last bit, and draws that.
 """
 
 import difflib
-import importlib
 import math
-import os
-import subprocess
-import sys
 import types
 from functools import cache, lru_cache, partial
 from unittest import mock
 
-try:
-    import mujoco
-except Exception as error:  # importing mujoco loads the renderer that MUJOCO_GL names
-    if not os.environ.get("MUJOCO_GL"):
-        raise
-    from common.envs import BadInput
+from common.film import Film, mujoco  # first: it explains what goes wrong when mujoco is imported, as metaworld does
 
-    raise BadInput(f"MuJoCo does not start with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}") from error
+# isort: split
 import numpy as np
 from gymnasium.spaces import Box
 from metaworld import ML1, ML10, ML45
@@ -143,59 +134,18 @@ class MetaWorldEnvs(WorkerVectorEnv):
         Returns the rewards of the replay, float32 (T,), which are those of the worker to the last bit.
         Raises BadInput where MuJoCo cannot draw.
         """
-        from PIL import Image, ImageDraw  # only here: the workers import this module
-
         family, _, data = self._task[name]
         env = self._make[family]()
         env.set_task(data)
-        with mock.patch.object(mujoco.gl_context, "GLContext", drawing_context()):
-            renderer = mujoco.Renderer(env.model, height=240, width=320)
-        for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            renderer.scene.flags[effect] = 0  # the two take three quarters of the time, without a GPU
-        rewards, pictures, durations = np.zeros(len(actions), np.float32), [], []
+        film = Film(env.model, "corner4", self.horizon, env.dt, every, upside_down=True)
+        rewards = np.zeros(len(actions), np.float32)
         for t, action in enumerate(np.clip(actions, self.single_action_space.low, self.single_action_space.high)):
-            episode, step = divmod(t, self.horizon)
-            if step == 0:  # as a worker does it: a seed for the meta-episode, none for the episodes after
+            if t % self.horizon == 0:  # as a worker does it: a seed for the meta-episode, none for the episodes after
                 env.reset(seed=None if t else row)
-                success = False
             _, rewards[t], _, _, info = env.step(action)
-            success = success or bool(info["success"])
-            last = step == self.horizon - 1
-            if step % every == 0 or last:
-                renderer.update_scene(env.data, camera="corner4")
-                picture = Image.fromarray(renderer.render()[::-1, ::-1])  # this camera hangs upside down
-                caption = f"episode {episode + 1}, step {step + 1}" + ", success" * success
-                colour = "lightgreen" if success else "white"
-                ImageDraw.Draw(picture).text((8, 6), caption, fill=colour, font_size=14)
-                pictures.append(picture)
-                durations.append(800 if last else 1000 * env.dt * every)  # milliseconds
-        renderer.close()
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+            film.step(t, env.data, info["success"])
+        film.save(path)
         return rewards
-
-
-@cache
-def drawing_context():
-    """A class of OpenGL contexts in which MuJoCo draws here, without a screen.
-
-    MuJoCo settles on one when it is imported, by MUJOCO_GL: by default one that needs a screen. The workers import it
-    as well and never draw, so MUJOCO_GL stays as it is, and the choice is made when the first picture is due: what
-    MUJOCO_GL says, else the first that draws of EGL (a GPU, or Mesa), OSMesa (Mesa, on the CPU) and MuJoCo's default.
-    Each is tried in a process of its own, since a failed one cannot be unloaded, and may take its process with it.
-    Raises BadInput where none draws.
-    """
-    from common.envs import BadInput
-
-    asked = os.environ.get("MUJOCO_GL", "")
-    trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).render()"
-    for name in [asked] if asked else ["egl", "osmesa", ""]:
-        environment = {**os.environ, "MUJOCO_GL": name}
-        if subprocess.run([sys.executable, "-c", trial], env=environment, capture_output=True).returncode == 0:
-            return (mujoco.gl_context if name == asked else importlib.import_module(f"mujoco.{name}")).GLContext
-    raise BadInput(
-        f"MuJoCo cannot draw here with {f'MUJOCO_GL={asked}' if asked else 'EGL, OSMesa or a screen'}: "
-        "install libegl1 or libosmesa6 (apt-get install), and leave MUJOCO_GL unset or set it to egl or osmesa"
-    )
 
 
 # ---------- The fast path ----------

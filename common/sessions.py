@@ -113,18 +113,24 @@ class Sessions:
         return obs, info | {"task": torch.cat([self.task, self.context], -1), "context": self.context}
 
     def begin(self):
-        """Draws the sessions of an episode: row i depends on (seed, split, resets, i, episode), or on its name."""
-        key = (self.seed, self.split, self.resets) if self.named is None else (0, self.split, 0)
-        size = self.num_envs if self.named is None else len(self.tasks)
-        u = generator(*key, self.elapsed // self.horizon, FOR_SESSIONS).random((size, 2, self.horizon))
-        if self.named is not None:
-            u = u[[self.tasks.index(name) for name in self.named]]
+        """Draws the sessions of an episode."""
+        u = self.draws(FOR_SESSIONS, 2 * self.horizon).reshape(-1, 2, self.horizon)
         ends = session_ends(self.session_process, self.sessions, self.horizon, u[:, 0])
         self.some_end = ends.any(1).tolist()
         session, u = (torch.from_numpy(x).to(self.device) for x in (ends.cumsum(0) - ends, u[:, 1].T))
         self.ends = torch.from_numpy(ends).to(self.device)
         self.contexts = self.contexts_of(session, u)
         self.enter(0)
+
+    def draws(self, purpose, dim):
+        """Random numbers in [0, 1) for the episode that begins, float64 (N, dim).
+
+        Row i depends on (seed, split, resets, i, episode), or on the task's name (and the split and the episode).
+        """
+        key = (self.seed, self.split, self.resets) if self.named is None else (0, self.split, 0)
+        size = self.num_envs if self.named is None else len(self.tasks)
+        u = generator(*key, self.elapsed // self.horizon, purpose).random((size, dim))
+        return u if self.named is None else u[[self.tasks.index(name) for name in self.named]]
 
     def enter(self, t):
         """The context of transition t."""
