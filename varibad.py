@@ -64,7 +64,7 @@ class Args:
     # experiment
     # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
     # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating, Reacher,
-    # HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions.
+    # HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
     env_id: str = "GridWorld"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
@@ -200,6 +200,10 @@ PRESETS = {
     "HalfCheetahDirSessions": SESSIONS,
     "HalfCheetahVelSessions": SESSIONS,
     "HalfCheetahWindVelSessions": SESSIONS | dict(state_coef=17.0),  # theirs is the sum over 17 numbers, ours the mean
+    "ScratchItch": SESSIONS | dict(
+        num_envs=32, horizon=200, ent_coef=0.1, ent_coef_end=0.1, eval_interval=100, checkpoint_interval=100,
+        kl_coef=0.01 / 200,
+    ),
     "ML1": META_WORLD | dict(total_timesteps=50_000_000, eval_interval=100),
     "ML10": META_WORLD,
     "ML45": META_WORLD | dict(total_timesteps=400_000_000, eval_interval=3300, latent_dim=10, belief_updates=6),

@@ -32,10 +32,10 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
 Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`
 and `episodes_per_task` where the user sets them and it takes them. It returns an object with `num_envs`, `device`,
 `single_observation_space`, `single_action_space`, `horizon`, `episodes_per_task`, `meta_horizon`, `split`, `tasks`,
-`reset`, `step`, `state_dict`, `load_state_dict`, `close`; a grid has `num_cells`, `cell(obs)`
-and `task_table` (the goals' observations, by task) too, and for ldm.py `cells` (num_cells, S), an observation in each. A
-factory with more splits than train and test names them: `splits`.
-The encoder reads idle steps like any others, in rollouts and updates alike; no loss counts them.
+`reset`, `step`, `state_dict`, `load_state_dict`, `close`; a grid has `num_cells`, `cell(obs)` and `task_table` (the
+observation at each task's goal) too, and for ldm.py `cells` (num_cells, S), an observation in each. A factory with more
+splits than train and test names them: `splits`. The encoder reads idle steps like any others, in rollouts and updates
+alike; no loss counts them.
 """
 
 import difflib

@@ -225,7 +225,10 @@ def bench_mujoco(seconds, num_envs=16, horizon=200):
 
 def bench_scripts(seconds):
     """Training steps/s of each script with its preset, evaluation aside, and where an iteration's time goes."""
-    for script, env_id in itertools.product(("varibad.py", "dme.py"), ("GridWorld", "SparsePointRobot", "ML10")):
+    jobs = [*itertools.product(("varibad.py", "dme.py"), ("GridWorld", "SparsePointRobot", "ML10"))]
+    jobs += [("ldm.py", "GridWorldLDM"), ("ldm.py", "HalfCheetahVel")]
+    jobs += [("dynamite_rl.py", "GridWorldAlternating"), ("dynamite_rl.py", "HalfCheetahVelSessions")]
+    for script, env_id in jobs:
         steps = 60_000 if env_id == "ML10" else round(seconds / 6 * 10_000)  # of ML10, five iterations
         with tempfile.TemporaryDirectory() as folder:
             command = [
