@@ -84,7 +84,7 @@ class Args:
     resume: str = ""  # checkpoint to continue from, with its arguments; those given beside it override
     evaluate: str = ""  # checkpoint to evaluate: prints the results and writes eval.json beside it, trains nothing
     eval_sample: bool = False  # evaluate with sampled actions and latents in place of the most likely ones
-    capture_video: bool = False  # with --evaluate: a film of one held-out task of each Meta-World family
+    capture_video: bool = False  # with --evaluate: a film of one held-out task of each family (Meta-World, ScratchItch)
     compile: bool = False  # torch.compile the networks of the rollout and of PPO; the first iteration takes a minute
     reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
     split_rule: Literal["varibad", "ldm"] = "varibad"  # MuJoCo: train = test, or LDM's disjoint sets (its Table 1)
@@ -1290,7 +1290,7 @@ def main(args):
         if leads() and (args.evaluate or args.eval_interval >= 0):
             eval_envs = make_eval_envs(args, device, getattr(envs, "splits", SPLITS))
         if args.capture_video and not hasattr(eval_envs["test"], "film"):
-            raise BadInput(f"--capture-video: {args.env_id} has no camera (Meta-World's environments have one)")
+            raise BadInput(f"--capture-video: {args.env_id} has no camera (Meta-World and ScratchItch have one)")
         train(args, envs, eval_envs, device, folder, state)
     finally:
         for made in (envs, *eval_envs.values()):
