@@ -195,6 +195,80 @@ def draw_mixture(file, means, stds, tasks):
     plt.close(figure)
 
 
+def draw_contexts(file, contexts, names):
+    """One PNG (Figure 9 of LaSER): the contexts of exploration meta-episodes in two dimensions, a colour for each task.
+
+    contexts (M, N, C): M meta-episodes of each of the N tasks in `names`. On their first two principal axes and, where
+    scikit-learn is installed, by t-SNE.
+    """
+    cloud = contexts.reshape(-1, contexts.shape[-1]).astype(np.float64)
+    cloud -= cloud.mean(0)
+    axes2 = np.linalg.svd(cloud, full_matrices=False)
+    shares = axes2[1] ** 2 / max((axes2[1] ** 2).sum(), 1e-12)
+    panels = {f"principal axes ({shares[0]:.0%} and {shares[1]:.0%} of the variance)": cloud @ axes2[2][:2].T}
+    try:
+        from sklearn.manifold import TSNE
+
+        panels["t-SNE"] = TSNE(perplexity=min(30, len(cloud) // 4), random_state=0).fit_transform(cloud)
+    except ImportError:
+        pass
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.4), squeeze=False, layout="constrained")
+    for axis, (title, points) in zip(axes[0], panels.items()):
+        for i, name in enumerate(dict.fromkeys(names)):
+            rows = np.tile(np.array(names) == name, len(contexts))
+            colour = plt.get_cmap("turbo")(i / max(len(set(names)) - 1, 1))
+            axis.plot(*points[rows].T, "osD^vP*X"[i % 8], ms=6, mec="black", mew=0.4, color=colour, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks([]), axis.set_yticks([])
+    figure.suptitle("contexts of exploration meta-episodes")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles[:40], labels[:40], loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_similarity(file, cosines, names):
+    """One PNG: for up to 12 tasks the cosines between the codes of a meta-episode's episodes, (N, K, K)."""
+    chosen = np.linspace(0, len(names) - 1, min(12, len(names))).astype(int)
+    columns = min(6, len(chosen))
+    rows = -(-len(chosen) // columns)
+    size = (1.9 * columns + 0.9, 2.1 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(chosen) :]:
+        axis.axis("off")
+    for axis, n in zip(axes.flat, chosen):
+        image = axis.imshow(cosines[n], vmin=-1, vmax=1, cmap="RdBu_r")
+        for (i, j), value in np.ndenumerate(cosines[n]):
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+        axis.set_title(names[n], fontsize=9)
+        axis.set_xticks([]), axis.set_yticks([])
+    figure.suptitle("similarity of the episodes of an exploration meta-episode")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(file, folder, keys):
+    """One PNG: the curves of a run's metrics, a panel for each of `keys` that the run has."""
+    metrics = read_run(folder).metrics
+    keys = [key for key in keys if key in metrics]
+    columns = min(4, len(keys))
+    rows = -(-len(keys) // max(columns, 1))
+    if not keys:
+        return
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.5 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(keys) :]:
+        axis.axis("off")
+    for axis, key in zip(axes.flat, keys):
+        axis.plot(*metrics[key], lw=1.2)
+        axis.set_title(key, fontsize=9)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1M
+        axis.grid(alpha=0.3)
+    figure.supxlabel("steps", fontsize=9)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def read_run(folder):
     """A run: folder, config (its arguments) and metrics, key -> array (2, N) of steps, increasing, and values.
 
