@@ -23,6 +23,9 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     envs.sessions, envs.session_process    there: the number of sessions in an episode, and how their ends are drawn
     envs.tasks                   names of the split's fixed evaluation tasks, "family/which"; `reset(tasks=names)`
                                  sets N of them and draws nothing
+    envs.repeat                  1, to be set before a reset: so many neighbours share a task, as environment i draws it
+                                 with row i // repeat. P * repeat environments then have the tasks of P with repeat 1;
+                                 first states, and all else that is random within a task, differ all the same
     envs.same_splits             True where the test split holds the training tasks, all of them; may be absent
     envs.splits                  names of the splits, where there are more than train and test; may be absent
     envs.joins                   True where a split "all", for oracles, holds the tasks of all others; may be absent
@@ -180,15 +183,17 @@ class TensorEnvs:
         self.meta_horizon = horizon * episodes_per_task
         self.single_observation_space = Box(-np.inf, np.inf, (self.obs_dim,), np.float32)
         self.families = [type(self).__name__]
-        self.resets = 0
+        self.resets, self.repeat = 0, 1
         self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
         self.false = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self.true = ~self.false
 
     def reset(self, tasks=None):
         """New tasks: drawn, or those named. Returns obs (N, S) and info with `task` (N, G)."""
+        self.named = tasks
         if tasks is None:
             u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)
+            u = u[np.arange(self.num_envs) // self.repeat]
             self.task = self.goals(torch.from_numpy(u).to(self.device))
             self.resets += 1
         else:
@@ -206,6 +211,16 @@ class TensorEnvs:
         ended = self.elapsed % self.horizon == 0
         obs = self.start() if ended else final_obs
         return obs, reward, self.false, self.true if ended else self.false, {"final_obs": final_obs, "success": success}
+
+    def draws(self, purpose, dim):
+        """Random numbers in [0, 1) for the episode that begins, float64 (N, dim).
+
+        Row i depends on (seed, split, resets, i, episode), or on the task's name (and the split and the episode).
+        """
+        key = (self.seed, self.split, self.resets) if self.named is None else (0, self.split, 0)
+        size = self.num_envs if self.named is None else len(self.tasks)
+        u = generator(*key, self.elapsed // self.horizon, purpose).random((size, dim))
+        return u if self.named is None else u[[self.tasks.index(name) for name in self.named]]
 
     def state_dict(self):
         return {"resets": self.resets}
