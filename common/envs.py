@@ -15,6 +15,7 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     info["success"]              bool (N,), at this step; where the family defines it
     info["alive"]                bool (N,), False for the steps that an environment idles after an early termination;
                                  absent where a family never terminates early. Nothing may learn from idle steps.
+    info["raw_reward"]           float32 (N,), where `reward` is a normalised one: what reported returns are sums of
     info["task"]                 float32 (N, G), at reset: the ground truth, for oracles and evaluation only
     info["session_end"]          bool (N,), where episodes have sessions (common/sessions.py): whether this was the last
                                  transition of one. Then `obs` may be a new first state, final_obs is the true successor
@@ -23,6 +24,8 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     envs.sessions, envs.session_process    there: the number of sessions in an episode, and how their ends are drawn
     envs.tasks                   names of the split's fixed evaluation tasks, "family/which"; `reset(tasks=names)`
                                  sets N of them and draws nothing
+    envs.score(returns)          scalars by name out of the raw returns of evaluation tasks, name -> K numbers, on the
+                                 scale that the family's papers have; may be absent
     envs.repeat                  1, to be set before a reset: so many neighbours share a task, as environment i draws it
                                  with row i // repeat. P * repeat environments then have the tasks of P with repeat 1;
                                  first states, and all else that is random within a task, differ all the same
@@ -59,6 +62,7 @@ FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10
     "GridWorldExtrapolation": "common.gridworld:GridWorldExtrapolation",
     "GridWorldAlternating": "common.gridworld:GridWorldAlternating",
     "SparsePointRobot": "common.pointrobot:SparsePointRobot",
+    "MEWA": "common.mewa:MEWA",
     "HalfCheetahVel": "common.locomotion:HalfCheetahVel",
     "HalfCheetahDir": "common.locomotion:HalfCheetahDir",
     "AntDir": "common.locomotion:AntDir",
