@@ -15,6 +15,7 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     info["success"]              bool (N,), at this step; where the family defines it
     info["alive"]                bool (N,), False for the steps that an environment idles after an early termination;
                                  absent where a family never terminates early. Nothing may learn from idle steps.
+    info["raw_reward"]           float32 (N,), where `reward` is a normalised one: what reported returns are sums of
     info["task"]                 float32 (N, G), at reset: the ground truth, for oracles and evaluation only
     info["session_end"]          bool (N,), where episodes have sessions (common/sessions.py): whether this was the last
                                  transition of one. Then `obs` may be a new first state, final_obs is the true successor
@@ -23,6 +24,11 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     envs.sessions, envs.session_process    there: the number of sessions in an episode, and how their ends are drawn
     envs.tasks                   names of the split's fixed evaluation tasks, "family/which"; `reset(tasks=names)`
                                  sets N of them and draws nothing
+    envs.score(returns)          scalars by name out of the raw returns of evaluation tasks, name -> K numbers, on the
+                                 scale that the family's papers have; may be absent
+    envs.repeat                  1, to be set before a reset: so many neighbours share a task, as environment i draws it
+                                 with row i // repeat. P * repeat environments then have the tasks of P with repeat 1;
+                                 first states, and all else that is random within a task, differ all the same
     envs.same_splits             True where the test split holds the training tasks, all of them; may be absent
     envs.splits                  names of the splits, where there are more than train and test; may be absent
     envs.joins                   True where a split "all", for oracles, holds the tasks of all others; may be absent
@@ -56,6 +62,7 @@ FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10
     "GridWorldExtrapolation": "common.gridworld:GridWorldExtrapolation",
     "GridWorldAlternating": "common.gridworld:GridWorldAlternating",
     "SparsePointRobot": "common.pointrobot:SparsePointRobot",
+    "MEWA": "common.mewa:MEWA",
     "HalfCheetahVel": "common.locomotion:HalfCheetahVel",
     "HalfCheetahDir": "common.locomotion:HalfCheetahDir",
     "AntDir": "common.locomotion:AntDir",
@@ -180,15 +187,17 @@ class TensorEnvs:
         self.meta_horizon = horizon * episodes_per_task
         self.single_observation_space = Box(-np.inf, np.inf, (self.obs_dim,), np.float32)
         self.families = [type(self).__name__]
-        self.resets = 0
+        self.resets, self.repeat = 0, 1
         self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
         self.false = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self.true = ~self.false
 
     def reset(self, tasks=None):
         """New tasks: drawn, or those named. Returns obs (N, S) and info with `task` (N, G)."""
+        self.named = tasks
         if tasks is None:
             u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)
+            u = u[np.arange(self.num_envs) // self.repeat]
             self.task = self.goals(torch.from_numpy(u).to(self.device))
             self.resets += 1
         else:
@@ -206,6 +215,16 @@ class TensorEnvs:
         ended = self.elapsed % self.horizon == 0
         obs = self.start() if ended else final_obs
         return obs, reward, self.false, self.true if ended else self.false, {"final_obs": final_obs, "success": success}
+
+    def draws(self, purpose, dim):
+        """Random numbers in [0, 1) for the episode that begins, float64 (N, dim).
+
+        Row i depends on (seed, split, resets, i, episode), or on the task's name (and the split and the episode).
+        """
+        key = (self.seed, self.split, self.resets) if self.named is None else (0, self.split, 0)
+        size = self.num_envs if self.named is None else len(self.tasks)
+        u = generator(*key, self.elapsed // self.horizon, purpose).random((size, dim))
+        return u if self.named is None else u[[self.tasks.index(name) for name in self.named]]
 
     def state_dict(self):
         return {"resets": self.resets}

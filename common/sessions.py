@@ -108,7 +108,6 @@ class Sessions:
         session_ends(self.session_process, self.sessions, self.horizon, np.zeros((1, self.horizon)))
 
     def reset(self, tasks=None):
-        self.named = tasks
         obs, info = super().reset(tasks)
         return obs, info | {"task": torch.cat([self.task, self.context], -1), "context": self.context}
 
@@ -121,16 +120,6 @@ class Sessions:
         self.ends = torch.from_numpy(ends).to(self.device)
         self.contexts = self.contexts_of(session, u)
         self.enter(0)
-
-    def draws(self, purpose, dim):
-        """Random numbers in [0, 1) for the episode that begins, float64 (N, dim).
-
-        Row i depends on (seed, split, resets, i, episode), or on the task's name (and the split and the episode).
-        """
-        key = (self.seed, self.split, self.resets) if self.named is None else (0, self.split, 0)
-        size = self.num_envs if self.named is None else len(self.tasks)
-        u = generator(*key, self.elapsed // self.horizon, purpose).random((size, dim))
-        return u if self.named is None else u[[self.tasks.index(name) for name in self.named]]
 
     def enter(self, t):
         """The context of transition t."""

@@ -81,7 +81,7 @@ class WorkerVectorEnv:
         self._task = dict(zip(self.tasks, tasks))
         self._names = {family: [n for n in self.tasks if self._task[n][0] == family] for family in families}
         self._drawn_from = [family for family in families if self._names[family]]  # the families of this split
-        self.resets = 0
+        self.resets, self.repeat = 0, 1
         self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
 
         num_workers = min(num_workers or cores(), num_envs)
@@ -108,8 +108,11 @@ class WorkerVectorEnv:
         if tasks is None:
             u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)
             self.resets += 1
-            families = [self._drawn_from[int(x)] for x in u[:, 0] * len(self._drawn_from)]
-            tasks = [self._names[family][int(x * len(self._names[family]))] for family, x in zip(families, u[:, 1])]
+            shared = u[np.arange(self.num_envs) // self.repeat]
+            families = [self._drawn_from[int(x)] for x in shared[:, 0] * len(self._drawn_from)]
+            tasks = [
+                self._names[family][int(x * len(self._names[family]))] for family, x in zip(families, shared[:, 1])
+            ]
             seeds = [int(x * 2**32) for x in u[:, 1]]
         else:
             check_tasks(self, tasks)

@@ -342,6 +342,25 @@ def test_resume_of_draws(env_id):
     assert torch.equal(other.reset()[1]["task"], envs.reset()[1]["task"])
 
 
+@pytest.mark.parametrize("env_id", [*IDS, "HalfCheetahVel", "GridWorldAlternating"])
+def test_repeated_tasks(env_id):
+    """repeat: so many neighbours share a task, that of one environment without; what is random in it differs."""
+    few, many = make_envs(env_id, 4, seed=2), make_envs(env_id, 12, seed=2)
+    many.repeat = 3
+    size = 4 if env_id == "GridWorldAlternating" else None  # there, a context of the session is beside the task
+    for _ in range(3):
+        task = few.reset()[1]["task"][:, :size]
+        assert len(task.unique(dim=0)) > 1
+        obs, info = many.reset()
+        assert torch.equal(info["task"][:, :size], task.repeat_interleave(3, 0))
+    if env_id == "HalfCheetahVel":
+        assert len(obs.unique(dim=0)) == 12
+    if env_id == "GridWorldAlternating":
+        assert any(len(contexts.unique(dim=0)) > 1 for contexts in info["context"].split(3))
+    many.repeat = 5  # what is left over has fewer
+    assert many.reset()[1]["task"][:, :size].unique_consecutive(dim=0, return_counts=True)[1].tolist() == [5, 5, 2]
+
+
 def test_distribution_of_tasks():
     """Chi-square against the uniform: 21 goals, neighbours in environment and reset independent; angles in 20 bins."""
     goals = draws("GridWorld", 500, seed=1, resets=40)

@@ -133,6 +133,20 @@ def test_shapes_and_attributes(envs):
     assert envs.families == ["walk", "run"] and envs.split == "train"
 
 
+def test_repeated_tasks(envs):
+    """repeat: so many neighbours share a task, that of one environment without; their random numbers differ."""
+    import torch
+
+    many = make(num_envs=15)
+    many.repeat = 3
+    for _ in range(3):
+        task = envs.reset()[1]["task"]
+        obs, info = many.reset()
+        assert torch.equal(info["task"], task.repeat_interleave(3, 0)) and len(task.unique(dim=0)) > 1
+        assert len(obs[:, 3].unique()) == 15
+    many.close()
+
+
 def test_a_meta_episode_step_by_step(envs):
     import torch
 
