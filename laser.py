@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 from common.envs import SPLITS, BadInput, make_envs
 from common.plot import draw_contexts, draw_curves, draw_similarity
-from common.workers import WorkerError
+from common.workers import WorkerError, cores
 
 SCRIPT = Path(__file__).stem
 LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen
@@ -241,8 +241,8 @@ def check_args(args):
             raise BadInput(f"{flag(name)} must be above 0, not {getattr(args, name)}")
     for name in (
         "seed total_timesteps eval_tasks checkpoint_interval ent_coef vf_coef max_grad_norm horizon episodes_per_task "
-        "sessions explore_iterations initial_iterations task_iterations contrastive_warmup survival_coef rec_coef task_rec_coef "
-        "contrastive_coef regulariser_coef state_coef xi beta pfo_coef"
+        "sessions explore_iterations initial_iterations task_iterations contrastive_warmup survival_coef rec_coef "
+        "task_rec_coef contrastive_coef regulariser_coef state_coef xi beta pfo_coef"
     ).split():
         if not 0 <= getattr(args, name) < math.inf:
             raise BadInput(f"{flag(name)} must not be below 0, and finite: not {getattr(args, name)}")
@@ -426,13 +426,13 @@ class Agent(nn.Module):
             return scores.argmax(-1)  # the first of exponential clocks with rates p rings in proportion to p
         return out if deterministic else out + self.std() * torch.randn_like(out)
 
-    def value(self, obs, features):
-        return self.critic(self.embed(obs, features)).squeeze(-1)
+    def value(self, x):
+        return self.critic(x).squeeze(-1)
 
-    def forward(self, obs, features, action):
+    def forward(self, x, action):
         """Log-probability and entropy of the action's distribution (.., ), and the actor's last hidden layer before its
-        tanh (.., last of the layers), which PFO holds fast."""
-        hidden = self.actor[:-2](self.embed(obs, features))
+        tanh (.., last of the layers), which PFO holds fast. x: what `embed` returns."""
+        hidden = self.actor[:-2](x)
         out = self.actor[-2:](hidden)
         if self.discrete:
             logprobs = out.log_softmax(-1)
@@ -538,7 +538,7 @@ class Transformer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """g of the paper (Figure 3b): f_u, which reads online, f_b, which sees whole meta-episodes, and h, which joins both.
+    """g of the paper (Figure 3b): f_u, which reads online, f_b, which sees whole meta-episodes, and h, which joins.
 
     Codes of slots that are not valid are zeros.
     """
@@ -811,36 +811,39 @@ def ppo_update(agent, optimizer, data, epochs, minibatches, clip_coef, args, met
     if meta:
         group = rows % N // (N // len(data["contexts"]))
 
-    def features(index):
+    def inputs(index):
+        """Of the networks, for these of the rows."""
         if meta:
-            return agent.extract(data["contexts"])[group[index]]
-        return agent.extract(data["codes"].flatten(0, 1)[rows[index]])
+            return agent.embed(b["obs"][index], agent.extract(data["contexts"])[group[index]])
+        return agent.embed(b["obs"][index], agent.extract(data["codes"].flatten(0, 1)[rows[index]]))
 
     def by_time(x):  # of the rows, back to (T, N): zeros where there is no real step
         return torch.zeros(T * N, device=x.device).index_copy(0, rows, x * alive).view(T, N)
 
     everything = slice(None)
     with torch.no_grad():
-        x = features(everything)
-        old_logprobs, _, old_hidden = agent(b["obs"], x, b["actions"])
-        old_values = agent.value(b["obs"], x)
+        x = inputs(everything)
+        old_logprobs, _, old_hidden = agent(x, b["actions"])
+        old_values = agent.value(x)
         values = by_time(old_values)
         end = torch.zeros_like(values[:1])  # of the task: its value is 0
         base = gae(data["rewards"], torch.cat([values, end]), data["terminated"], data["alive"], args)[0]
         if meta:
-            blank_values = agent.value(b["obs"], agent.blank(x.device).expand_as(x))
-            weight = by_time(meta_weight(blank_values, old_values, args))
+            blank = agent.blank(rows.device).expand(len(rows), -1)
+            blank_values = agent.value(agent.embed(b["obs"], blank))  # V(s)
+            weight = by_time(meta_weight(blank_values, old_values, args))  # of idle steps 0
     log = []
     for _ in range(epochs):
         for index in torch.randperm(len(rows), device=rows.device).tensor_split(minibatches):
-            advantages = base
-            logprob, entropy, hidden = agent(b["obs"], features(everything), b["actions"]) if meta else [None] * 3
-            if meta:
+            if meta:  # the entropy of all steps decides about each one's advantage
+                x = inputs(everything)
+                logprob, entropy, hidden = agent(x, b["actions"])
                 bonus = meta_bonus(weight, by_time(entropy), args)
                 advantages = base + (bonus.detach() if args.detach_meta_reward else bonus)
-                logprob, entropy, hidden = logprob[index], entropy[index], hidden[index]
+                x, logprob, entropy, hidden = x[index], logprob[index], entropy[index], hidden[index]
             else:
-                logprob, entropy, hidden = agent(b["obs"][index], features(index), b["actions"][index])
+                x, advantages = inputs(index), base
+                logprob, entropy, hidden = agent(x, b["actions"][index])
             advantages = advantages.flatten()[rows]
             returns = (advantages + old_values).detach()[index]
             mean = (advantages * alive).sum() / count
@@ -851,7 +854,7 @@ def ppo_update(agent, optimizer, data, epochs, minibatches, clip_coef, args, met
             ratio = logratio.exp()
             clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
             pg_loss = -(torch.minimum(ratio * advantages, clipped * advantages) * w).sum()
-            value = agent.value(b["obs"][index], features(index))
+            value = agent.value(x)
             if args.value_loss == "huber":
                 near = old_values[index] + (value - old_values[index]).clamp(-clip_coef, clip_coef)
                 errors = [F.smooth_l1_loss(v, returns, reduction="none") for v in (value, near)]
@@ -1013,6 +1016,7 @@ def exploit(envs, agent, contexts, args, tasks=None, deterministic=False):
         obs=torch.empty(T, N, S, device=device),
         actions=torch.zeros(T, N, *A, device=device, dtype=torch.int64 if agent.discrete else torch.float32),
         rewards=torch.zeros(T, N, device=device),
+        raw_rewards=torch.zeros(T, N, device=device),  # what returns are reported in
         terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
         alive=torch.ones(T, N, device=device, dtype=torch.bool),
         success=torch.zeros(T, N, device=device, dtype=torch.bool),
@@ -1034,9 +1038,10 @@ def exploit(envs, agent, contexts, args, tasks=None, deterministic=False):
             obs, reward, terminated, _, info = envs.step(action)
             env_seconds += time.perf_counter() - start
             data["actions"][t], data["rewards"][t], data["terminated"][t] = action, reward, terminated
-            for name in ("alive", "success", "raw_reward"):
+            data["raw_rewards"][t] = info.get("raw_reward", reward)
+            for name in ("alive", "success"):
                 if name in info:
-                    data.setdefault(name, torch.zeros(T, N, device=device))[t] = info[name]
+                    data[name][t] = info[name]
             if device.type == "cpu" and "alive" in info and not (info["alive"] & ~terminated).any():
                 data["alive"][t + 1 :] = False  # all are done: the rest of the slot would be idle
                 data["obs"][t + 1 :] = obs
@@ -1070,7 +1075,7 @@ def evaluate(eval_envs, encoder, explorer, agent, args):
                 rows = []
                 for contexts in contexts_by_episode(envs, encoder, explorer, padded, args):
                     data = exploit(exploit_envs, agent, contexts, args, many, not args.eval_sample)
-                    returns = data.get("raw_reward", data["rewards"]).sum(0).view(-1, args.eval_episodes).mean(1)
+                    returns = data["raw_rewards"].sum(0).view(-1, args.eval_episodes).mean(1)
                     success = data["success"].any(0).float().view(-1, args.eval_episodes).mean(1)
                     rows.append((returns.tolist(), success.tolist()))
                 for i, name in enumerate(chunk):
@@ -1085,6 +1090,9 @@ def evaluate(eval_envs, encoder, explorer, agent, args):
                 if len(set(families)) > 1:
                     for family in dict.fromkeys(families):
                         scalars[f"eval/{split}/{word}/{family}"] = float(rows[families == family, -1].mean())
+            if hasattr(envs, "score"):
+                returns = {name: detail["return"] for name, detail in details[split].items()}
+                scalars |= {f"eval/{split}/{key}": value for key, value in envs.score(returns).items()}
     return scalars, details
 
 
@@ -1388,7 +1396,7 @@ def task_iteration(parts, envs, exploit_envs, iteration, args):
         steps = explored["alive"].sum()
     data = exploit(exploit_envs, agent, contexts, args)
     check_finite(observation=data["obs"], context=data["contexts"], reward=data["rewards"])
-    returns, success = data["rewards"].sum(0).mean(), data["success"].any(0).float().mean()
+    returns, success = data["raw_rewards"].sum(0).mean(), data["success"].any(0).float().mean()
     clock.append(time.perf_counter())
     if args.norm_reward:
         data["rewards"] = normalise_rewards(data["rewards"], data["alive"], agent.return_norm, args)
@@ -1407,7 +1415,7 @@ def task_iteration(parts, envs, exploit_envs, iteration, args):
 
 
 def main(args):
-    torch.set_num_threads(1)  # these networks are small: more threads wait for each other and take the workers' cores
+    torch.set_num_threads(cores())  # the transformers are large
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun --nproc-per-node
         raise BadInput("laser.py runs in one process: z is a code of all tasks of a batch")
     check_args(args)
