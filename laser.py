@@ -561,9 +561,9 @@ class Encoder(nn.Module):
         self.register_buffer("z_hat", torch.zeros(size))  # z of phase 2: a mean over batches, after phase 1
         self.register_buffer("causal", torch.ones(length, length, dtype=torch.bool).tril(), persistent=False)
 
-    def half(self, device):
+    def half(self):
         """Blocks run in bfloat16 on a GPU; all that is compared or summed is float32."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast("cuda", torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
     def seen(self, valid):
         """Which slots may be attended to, (N, L): the valid ones, and the first, so that nothing attends to nothing."""
@@ -573,7 +573,7 @@ class Encoder(nn.Module):
 
     def gammas(self, tokens, valid):
         """f_u: tokens (N, L, X), valid (N, L) -> Gamma (N, L, D), each slot's from what came before it."""
-        with self.half(tokens.device):
+        with self.half():
             codes = self.gamma_head(self.f_u(tokens, self.causal & self.seen(valid)[:, None, None]))
         return codes.float() * self.shown(valid)
 
@@ -585,7 +585,7 @@ class Encoder(nn.Module):
 
     def step(self, token, slot, caches, valid):
         """Gamma of one slot, as `gammas` has it: token (N, X), valid (N, L) up to the slot -> (N, D)."""
-        with self.half(token.device):
+        with self.half():
             code = self.gamma_head(self.f_u.step(token, slot, caches, self.seen(valid)))
         return code.float() * self.shown(valid[:, slot])
 
@@ -594,7 +594,7 @@ class Encoder(nn.Module):
 
     def latents(self, tokens, valid):
         """f_b -> Z (N, L, D), and the mean of each episode's output over its slots and units (N, K)."""
-        with self.half(tokens.device):
+        with self.half():
             out = self.f_b(tokens, self.seen(valid)[:, None, None])
             Z = self.Z_head(out)
         shown = self.shown(valid)
@@ -607,7 +607,7 @@ class Encoder(nn.Module):
 
     def context(self, Z, gammas, z, valid):
         """(9) c = h(z, Z_j, Gamma): Z, gammas (N, L, D), z (D,) -> (N, L, D)."""
-        with self.half(Z.device):
+        with self.half():
             mask = self.seen(valid)[:, None, None]
             c = self.h_gamma(gammas, Z, mask) if self.use_gamma else Z
             c = self.h_z(c, self.z_embed(z).expand(len(c), 1, -1))
@@ -1471,7 +1471,8 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
     belief_optimizer = torch.optim.Adam(learned, lr=args.belief_learning_rate, fused=True)
     explore_optimizer = torch.optim.Adam(explorer.parameters(), lr=args.explore_learning_rate, eps=1e-8, fused=True)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
-    buffer = Buffer(args.buffer_size, envs, agent.discrete)
+    phase_1 = args.explore_iterations * explores(args)  # iterations
+    buffer = Buffer(min(args.buffer_size, phase_1 * args.num_envs), envs, agent.discrete)
     modules = encoder, heads, target, explorer, agent, belief_optimizer, explore_optimizer, optimizer
     parts = dict(zip(PARTS, modules))
     own = dict(buffer=buffer, envs=envs, exploit_envs=exploit_envs) | (dict(many_envs=many_envs) if many_envs else {})
@@ -1492,7 +1493,6 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
         return
 
     iteration, global_step, offset = 0, 0, 0
-    phase_1 = args.explore_iterations * explores(args)  # iterations
     if args.explored:
         explored = load_checkpoint(args.explored, device)
         if not explores(argparse.Namespace(**explored["args"])):
@@ -1532,8 +1532,7 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
     buffer_bytes = 0
     if iteration < phase_1:
         row = buffer.pack(torch.zeros(1, length, S + A + 1, device=device), torch.ones(1, length, device=device) > 0)
-        tasks = min(args.buffer_size, phase_1 * args.num_envs)
-        buffer_bytes = tasks * args.meta_episodes * sum(x.nbytes for x in row.values())
+        buffer_bytes = buffer.size * args.meta_episodes * sum(x.nbytes for x in row.values())
         check_memory(memory_needed(args, encoder, heads, buffer_bytes, length), free_memory(device))
     versions = {package: version(package) for package in ("torch", "mujoco", "metaworld", "gymnasium", "numpy")}
     try:
@@ -1572,7 +1571,7 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
                         batches = ([x.flatten(0, 1) for x in batch.values()] for batch in batches)
                         z = [encoder.shared(encoder.latents(*batch)[1]) for batch in batches]
                     encoder.z_hat.copy_(torch.stack(z).mean(0))
-                    buffer.__init__(args.buffer_size, envs, agent.discrete)  # its memory is free now
+                    buffer.__init__(buffer.size, envs, agent.discrete)  # its memory is free now
             else:
                 scalars, losses, steps = task_iteration(parts, envs, exploit_envs, iteration, args)
             before, global_step = global_step, global_step + int(steps)

@@ -33,6 +33,8 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
     envs.splits                  names of the splits, where there are more than train and test; may be absent
     envs.joins                   True where a split "all", for oracles, holds the tasks of all others; may be absent
     envs.film                    film(name, row, actions, path) replays a meta-episode into a GIF; may be absent
+    envs.integer_obs             True where observations are integers from 0 to 255; may be absent
+    envs.reward_values           all rewards that there are, 0 among them, a tensor; may be absent
     state_dict, load_state_dict  all that decides later draws: the number of resets so far
 
 Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`

@@ -117,6 +117,7 @@ class MEWA(TensorEnvs):
     """
 
     obs_dim = 19
+    integer_obs = True
     single_action_space = Discrete(len(COLOURS))
 
     def __init__(self, num_envs, split="train", seed=1, device="cpu", horizon=50, episodes_per_task=4):
@@ -140,6 +141,7 @@ class MEWA(TensorEnvs):
         normalised = raw / (best - worst)
         last = normalised - worst / (best - worst)
         self.raw_rewards, self.rewards, self.last_rewards = (x.float().to(self.device) for x in (raw, normalised, last))
+        self.reward_values = torch.cat([self.rewards, self.last_rewards, torch.zeros(1, device=self.device)])
 
     def goals(self, u):
         return self.drawn_from[(u[:, 0] * len(self.drawn_from)).long()]
