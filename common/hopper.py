@@ -31,7 +31,7 @@ VARIED = ("body_mass", "body_inertia", "geom_friction", "dof_damping")
 
 
 class HopperMass(Locomotion):
-    """obs (12): positions but x (5), velocities clipped at 10 (6), 1 where the episode ended early, else 0. task: e (41).
+    """obs (12): positions but x (5), velocities clipped at 10 (6), 1 after an early end, else 0. task: e (41).
 
     Each environment has a model of its own, of 0.5 MB.
     """
