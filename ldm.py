@@ -193,6 +193,10 @@ PRESETS = {
     "HalfCheetahDir": LOCOMOTION | dict(split_rule="varibad"),  # not one of the paper's: two tasks, to train and test
     "AntDir": LOCOMOTION | dict(buffer_add=0.8),
     "AntGoal": LOCOMOTION | dict(num_minibatches=2, policy_state=False, latent_dim=10, beta=2.0),
+    "HopperMass": LOCOMOTION | dict(  # not one of the paper's
+        total_timesteps=10_000_000, horizon=400, episodes_per_task=4, eval_interval=25, checkpoint_interval=25,
+        eval_tasks=30, gamma=0.99, latent_dim=10, kl_coef=50 / 1601 / 1600,
+    ),
 }  # fmt: skip
 YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
 SMALL = {}  # nothing less without a GPU
