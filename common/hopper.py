@@ -13,7 +13,7 @@ sliding friction, the larger one.
     test           30       |e| of U(1, 1.5), either sign with the same probability: outside the training tasks
 
 Both are fixed draws; a reset draws one of them. The model is not compiled again: what MuJoCo derives from the four at
-that time (mj_setConst) stays that of Hopper-v5, as in the code of LaSER and of rand_param_envs.
+that time (mj_setConst) stays that of Hopper-v5, as in LaSER's code.
 
 Rewards, ends and observations are Gymnasium's: dx/dt - 0.001 |a|^2, and 1 where the new state is healthy, else the
 episode ends. A step is four of MuJoCo's, 0.008 s. Actions are clipped, in the reward too.
