@@ -67,8 +67,8 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 class Args:
     # experiment
     # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
-    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating, Reacher,
-    # HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
+    # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating,
+    # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
     env_id: str = "GridWorld"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
@@ -210,6 +210,11 @@ PRESETS = {
         num_minibatches=2, clip_coef=0.05, learning_rate=1e-3, anneal_lr=True, belief_updates=10, latent_dim=10,
         tbptt=0, elbo_terms=0, decode_terms=0, reward_coef=400.0,
     ),
+    "HopperMass": LOCOMOTION | dict(  # not one of the paper's: what varibad.py has for it
+        total_timesteps=10_000_000, horizon=400, episodes_per_task=4, eval_tasks=30, learning_rate=6e-5, gamma=0.99,
+        update_epochs=4, clip_coef=0.2, policy_layers=(256, 256, 128), belief_batch=15, belief_updates=3,
+        latent_dim=10, elbo_terms=100, decode_terms=100,
+    ),
     "ML1": META_WORLD | dict(total_timesteps=50_000_000, eval_interval=100),
     "ML10": META_WORLD | dict(num_components=10),
     "ML45": META_WORLD | dict(
@@ -229,6 +234,7 @@ SMALL_ML = dict(
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
     "SparsePointRobot": dict(tbptt=50, elbo_terms=25, decode_terms=100),
     "AntGoal": dict(tbptt=50, elbo_terms=25, decode_terms=100),
+    "HopperMass": dict(buffer_size=2000),  # 0.36 GB
     # The tasks of ML1 differ in goals: no state decoder. The policy waits for a belief that has settled.
     "ML1": SMALL_ML | dict(
         num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, eval_tasks=0, eval_interval=20,

@@ -204,6 +204,10 @@ PRESETS = {
         kl_coef=0.01 / 50, consistency_coef=0.5 / 50, termination_coef=1 / 51,
     ),
     "SparsePointRobot": SESSIONS | dict(num_envs=16, horizon=100, episodes_per_task=3),
+    "HopperMass": SESSIONS | dict(
+        total_timesteps=10_000_000, num_envs=16, episodes_per_task=4, eval_interval=25, checkpoint_interval=25,
+        eval_tasks=30, buffer_size=2000,
+    ),
 }  # fmt: skip
 YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours

@@ -66,8 +66,8 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 class Args:
     # experiment
     # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
-    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating, Reacher,
-    # HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
+    # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating,
+    # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
     env_id: str = "GridWorldLDM"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
@@ -193,6 +193,10 @@ PRESETS = {
     "HalfCheetahDir": LOCOMOTION | dict(split_rule="varibad"),  # not one of the paper's: two tasks, to train and test
     "AntDir": LOCOMOTION | dict(buffer_add=0.8),
     "AntGoal": LOCOMOTION | dict(num_minibatches=2, policy_state=False, latent_dim=10, beta=2.0),
+    "HopperMass": LOCOMOTION | dict(  # not one of the paper's
+        total_timesteps=10_000_000, horizon=400, episodes_per_task=4, eval_interval=25, checkpoint_interval=25,
+        eval_tasks=30, gamma=0.99, latent_dim=10, kl_coef=50 / 1601 / 1600,
+    ),
 }  # fmt: skip
 YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
 SMALL = {}  # nothing less without a GPU

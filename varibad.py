@@ -63,8 +63,8 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 class Args:
     # experiment
     # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
-    # AntGoal, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating, Reacher,
-    # HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
+    # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating,
+    # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
     env_id: str = "GridWorld"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
@@ -191,6 +191,13 @@ PRESETS = {
         num_minibatches=2, clip_coef=0.05, learning_rate=1e-3, anneal_lr=True, belief_updates=10, latent_dim=10,
         tbptt=0, elbo_terms=0, decode_terms=0, kl_coef=1 / 400,
     ),
+    # Sizes and step sizes of the LaSER paper's variBAD (its appendix F), PPO of its Table 8; the KL's weight is ours.
+    # An iteration there is 200 steps of each environment, here all 1600, of which those after a fall count for nothing.
+    "HopperMass": LOCOMOTION | dict(
+        total_timesteps=10_000_000, horizon=400, episodes_per_task=4, eval_tasks=30, learning_rate=6e-5, gamma=0.99,
+        update_epochs=4, clip_coef=0.2, policy_layers=(256, 256, 128), belief_batch=15, belief_updates=3,
+        latent_dim=10, elbo_terms=100, decode_terms=100, kl_coef=1.5 / 100,
+    ),
     "GridWorldAlternating": SESSIONS | dict(
         total_timesteps=20_000_000, num_envs=16, horizon=60, eval_interval=500, checkpoint_interval=500, ent_coef=0.01,
         ent_coef_end=0.01, action_embed=8, state_embed=8, reward_embed=8, hidden_dim=64, latent_dim=5, tbptt=0,
@@ -220,6 +227,7 @@ SMALL_ML = dict(
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
     "SparsePointRobot": dict(tbptt=50, elbo_terms=25, decode_terms=100),
     "AntGoal": dict(tbptt=50, elbo_terms=25, decode_terms=100),
+    "HopperMass": dict(buffer_size=2000),  # 0.36 GB
     # The tasks of ML1 differ in goals: no state decoder. The policy waits for a belief that has settled.
     "ML1": SMALL_ML | dict(
         num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, eval_tasks=0, eval_interval=20,

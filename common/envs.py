@@ -69,6 +69,7 @@ FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10
     "HalfCheetahDir": "common.locomotion:HalfCheetahDir",
     "AntDir": "common.locomotion:AntDir",
     "AntGoal": "common.locomotion:AntGoal",
+    "HopperMass": "common.hopper:HopperMass",
     "Reacher": "common.locomotion_sessions:Reacher",
     "HalfCheetahDirSessions": "common.locomotion_sessions:HalfCheetahDirSessions",
     "HalfCheetahVelSessions": "common.locomotion_sessions:HalfCheetahVelSessions",

@@ -44,7 +44,7 @@ NOISE = 0.1  # of an episode's first state
 
 
 class Locomotion(TensorEnvs):
-    """Back end: N environments that share a model, in as many threads as cores. Of a batch of n, a family defines
+    """Back end: N environments, stepped in as many threads as cores. Of a batch of n, a family defines
 
         xml, obs_dim     file of Gymnasium's model; S
         sets             split rule -> split -> the set of its task parameters
@@ -52,7 +52,9 @@ class Locomotion(TensorEnvs):
         goals(u)         float64 (N, 2) in [0, 1) -> drawn tasks (N, G); here: one of the evaluation tasks
         observe(q, v)    positions (n, nq), velocities (n, nv) -> obs (n, S)
         reward(q, new_q, a, task)    positions before and after, clipped actions, tasks (n, G) -> (n,)
-        healthy_z        where the torso's height must be; None: no early end
+        healthy(q, v)    bool (n,), whether the episode goes on; None: always to its end
+        healthy_reward   of each step after which it does
+        models(rows)     the model that all share, or a list with one for each of `rows`, bool (N,)
         frame_skip       MuJoCo's steps in one of ours
 
     split_rule: varibad or ldm. num_threads: None means one a core; results do not depend on it.
@@ -60,7 +62,8 @@ class Locomotion(TensorEnvs):
     """
 
     joins = True
-    healthy_z = None
+    healthy = None
+    healthy_reward = 0
     frame_skip = 5
     control_spec = mujoco.mjtState.mjSTATE_CTRL  # what `control` returns
 
@@ -81,8 +84,9 @@ class Locomotion(TensorEnvs):
             raise BadInput(f"unknown split rule {split_rule!r}: {name} has {' and '.join(self.sets)}")
         self.set = sorted({x for name, part in self.sets[split_rule].items() for x in part if split in (name, "all")})
         self.same_splits = split_rule == "varibad"
-        self.tasks = [f"{name}/{which}" for which in self.named(self.set)]
-        self.task_table = torch.tensor([*self.named(self.set).values()], dtype=torch.float32)
+        named = self.named(self.set)
+        self.tasks = [f"{name}/{which}" for which in named]
+        self.task_table = torch.tensor([*named.values()], dtype=torch.float32)
         self.model = mujoco.MjModel.from_xml_path(f"{gymnasium.__path__[0]}/envs/mujoco/assets/{self.xml}")
         self.dt = self.frame_skip * self.model.opt.timestep
         self.single_action_space = Box(-1, 1, (self.model.nu,), np.float32)
@@ -91,6 +95,9 @@ class Locomotion(TensorEnvs):
         self.scratch = [mujoco.MjData(self.model) for _ in range(num_threads)]
         self.state = np.zeros((num_envs, 1 + self.model.nq + self.model.nv))  # time, positions, velocities
         self.time, self.q, self.v = np.split(self.state, [1, 1 + self.model.nq], axis=1)  # views
+
+    def models(self, rows):
+        return self.model
 
     def goals(self, u):
         table = self.task_table.to(u.device)
@@ -130,15 +137,15 @@ class Locomotion(TensorEnvs):
         if alive.any():
             a = action.detach().clamp(-1, 1).double().cpu().numpy()[alive]
             q, goal = self.q[alive], self.goal[alive]
-            inputs = self.model, self.scratch, self.state[alive], self.control(a, goal)[:, None]
+            inputs = self.models(alive), self.scratch, self.state[alive], self.control(a, goal)[:, None]
             states, _ = self.pool.rollout(*inputs, control_spec=self.control_spec, nstep=self.frame_skip)
             self.state[alive] = states[:, -1]
             reward[alive] = self.reward(q, self.q[alive], a, goal)
         info = {"final_obs": self.tensor(self.observe(self.q, self.v))}
         terminated = self.false
-        if self.healthy_z:
-            low, high = self.healthy_z
-            self.alive = np.isfinite(self.state).all(1) & (low <= self.q[:, 2]) & (self.q[:, 2] <= high)
+        if self.healthy:
+            self.alive = np.isfinite(self.state).all(1) & self.healthy(self.q, self.v)
+            reward += self.healthy_reward * self.alive
             terminated = torch.from_numpy(alive & ~self.alive).to(self.device)
             info["alive"] = torch.from_numpy(alive).to(self.device)
         ended = self.elapsed % self.horizon == 0
@@ -232,7 +239,6 @@ class AntDir(Locomotion):
 
     xml = "ant.xml"
     obs_dim = 27
-    healthy_z = 0.2, 1.0
     sets = {
         "varibad": {"train": [0, 180], "test": [0, 180]},
         "ldm": {"train": [0, 90, 180, 270], "test": [45, 135, 225, 315]},
@@ -240,6 +246,9 @@ class AntDir(Locomotion):
 
     def named(self, degrees):
         return {f"{d}": direction(d) for d in degrees}
+
+    def healthy(self, q, v):
+        return (0.2 <= q[:, 2]) & (q[:, 2] <= 1)
 
     def observe(self, q, v):
         return np.concatenate([q[:, 2:], v], 1)

@@ -138,6 +138,6 @@ class Sessions:
         return obs, reward, terminated, truncated, info | {"session_end": ended, "context": self.context}
 
 
-def named_draws(split, size):
-    """Random numbers of the fixed evaluation tasks of a split, float64 (size, 2), for `goals` of a back end."""
-    return torch.from_numpy(generator(0, split, 0, 0, FOR_TASKS).random((size, 2)))
+def named_draws(split, size, dim=2):
+    """Random numbers of the fixed evaluation tasks of a split, float64 (size, dim), for `goals` of a back end."""
+    return torch.from_numpy(generator(0, split, 0, 0, FOR_TASKS).random((size, dim)))

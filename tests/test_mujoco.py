@@ -1,4 +1,6 @@
-"""HalfCheetah and Ant: one step against Gymnasium's, rewards by hand, the protocol, the sets of tasks, the draws."""
+"""HalfCheetah, Ant, Hopper: one step against Gymnasium's, rewards by hand, the protocol, sets of tasks, the draws."""
+
+import math
 
 import gymnasium
 import mujoco
@@ -6,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from common import locomotion
 from common.envs import BadInput, make_envs
 
-IDS = ["HalfCheetahVel", "HalfCheetahDir", "AntDir", "AntGoal"]
+IDS = ["HalfCheetahVel", "HalfCheetahDir", "AntDir", "AntGoal", "HopperMass"]
+MORTAL = ["AntDir", "HopperMass"]
 ALL_IDS = pytest.mark.parametrize("env_id", IDS)
+VARIED = dict(body_mass=(5,), body_inertia=(5, 3), geom_friction=(5, 3), dof_damping=(6,))  # what HopperMass varies
 
 
 def random_actions(envs, steps=None, scale=1.5, seed=0):
@@ -23,6 +26,19 @@ def random_actions(envs, steps=None, scale=1.5, seed=0):
 # ---------- Against Gymnasium ----------
 
 
+def theirs(env_id, task=()):
+    """Gymnasium's own environment; a Hopper with its arrays multiplied by 1.5^e, for the exponents e of a task."""
+    name = next(name for name in ("HalfCheetah", "Ant", "Hopper") if name in env_id)
+    env = gymnasium.make(f"{name}-v5").unwrapped
+    if name == "Hopper":
+        rest = list(task)
+        for part, shape in VARIED.items():
+            for index in np.ndindex(shape):
+                getattr(env.model, part)[index] *= 1.5 ** rest.pop(0)
+        assert not rest
+    return env
+
+
 def reward_by_hand(env_id, task, before, after, action, info):
     """VariBAD's rewards from Gymnasium's positions, for one environment; action within the bounds."""
     vx, vy = (after[:2] - before[:2]) / 0.05
@@ -32,63 +48,73 @@ def reward_by_hand(env_id, task, before, after, action, info):
         return -abs(vx - task[0]) + info["reward_ctrl"] / 2  # Gymnasium's cost is 0.1 |a|^2
     if env_id == "HalfCheetahDir":
         return vx * task[0] + info["reward_ctrl"] / 2
+    if env_id == "HopperMass":
+        return info["reward_forward"] + info["reward_survive"] + info["reward_ctrl"]
     if env_id == "AntDir":
         return vx * task[0] + vy * task[1] + 1 + info["reward_ctrl"]  # Gymnasium's cost is 0.5 |a|^2
     return -abs(after[0] - task[0]) - abs(after[1] - task[1]) - 0.1 * effort
 
 
-@ALL_IDS
-def test_steps_of_gymnasium(env_id):
+@pytest.mark.parametrize("env_id, split", [*((env_id, "train") for env_id in IDS), ("HopperMass", "test")])
+def test_steps_of_gymnasium(env_id, split):
     """From every state of random episodes: positions and velocities to 1e-12, observations, rewards, deaths."""
-    envs = make_envs(env_id, 4, seed=3, horizon=40, episodes_per_task=2)
-    env = gymnasium.make("Ant-v5" if "Ant" in env_id else "HalfCheetah-v5").unwrapped
-    assert env.dt == pytest.approx(0.05) and env.action_space == envs.single_action_space
+    envs = make_envs(env_id, 4, split, seed=3, horizon=40, episodes_per_task=2)
     _, info = envs.reset()
     tasks, deaths, moved = info["task"].double().numpy(), 0, 0
+    copies = [theirs(env_id, task) for task in tasks]
+    assert len(np.unique(tasks, axis=0)) > 1
+    assert all(env.dt == pytest.approx(envs.dt) and env.action_space == envs.single_action_space for env in copies)
     for t, actions in enumerate(random_actions(envs)):
         if t % 40 == 20:
             envs.q[0, 2 if "Ant" in env_id else 1] += 0.5  # lifts the first: an Ant above its healthy height
+        if t == 10 and env_id == "HopperMass":
+            envs.v[1, 3:5], envs.v[2, 0] = (12, -15), 150  # beyond the observed range, and beyond the healthy one
         q, v, alive = envs.q.copy(), envs.v.copy(), envs.alive.copy()
         if t % 40 == 39:  # the state is the next episode's after this step
             envs.step(actions)
             continue
         _, rewards, terminated, _, info = envs.step(actions)
         for i in np.flatnonzero(alive):
+            env = copies[i]
             mujoco.mj_resetData(env.model, env.data)  # the solver begins anew, as in ours
             env.set_state(q[i], v[i])
             action = actions[i].clamp(-1, 1).numpy()
-            obs, _, died, _, theirs = env.step(action)
+            obs, _, died, _, parts = env.step(action)
             new_q, new_v = env.data.qpos, env.data.qvel
             np.testing.assert_allclose(envs.q[i], new_q, rtol=0, atol=1e-12)
             np.testing.assert_allclose(envs.v[i], new_v, rtol=0, atol=1e-12 * max(1, abs(new_v).max()))
             moved += abs(new_q - q[i]).max() > 1e-3
             mujoco.mj_kinematics(env.model, env.data)  # Gymnasium's body positions are those of the last substep
             expected = {
-                "HalfCheetah": [*obs, *env.data.body("torso").xpos],
+                "HalfCheetah": [*obs, *env.data.body(1).xpos],
+                "HopperMass": [*obs, died],
                 "AntDir": obs[:27],  # contact forces follow
                 "AntGoal": [*new_q[:2], *obs[:27]],
             }["HalfCheetah" if "Cheetah" in env_id else env_id]
             np.testing.assert_allclose(info["final_obs"][i], expected, rtol=1e-6, atol=1e-6)
-            by_hand = reward_by_hand(env_id, tasks[i], q[i], new_q, action, theirs)
+            by_hand = reward_by_hand(env_id, tasks[i], q[i], new_q, action, parts)
             assert rewards[i].item() == pytest.approx(by_hand, rel=1e-6, abs=1e-6)
-            assert terminated[i].item() == (died and env_id == "AntDir")
-            deaths += died and env_id == "AntDir"
-    assert moved > 150 and (deaths > 0) == (env_id == "AntDir")
+            assert terminated[i].item() == (died and env_id in MORTAL)
+            deaths += died and env_id in MORTAL
+    assert moved > (100 if env_id == "HopperMass" else 150) and (deaths > 0) == (env_id in MORTAL)
 
 
 @ALL_IDS
 def test_first_states(env_id):
-    """Noise about Gymnasium's own: U(-0.1, 0.1) on positions, N(0, 0.1^2) on velocities; new in every episode."""
+    """Noise about Gymnasium's own, new in every episode: U(-0.1, 0.1) on positions, N(0, 0.1^2) on velocities; of the
+    Hopper U(-0.005, 0.005) on both."""
     envs = make_envs(env_id, 500, horizon=1, episodes_per_task=2)
-    env = gymnasium.make("Ant-v5" if "Ant" in env_id else "HalfCheetah-v5").unwrapped
+    hopper = env_id == "HopperMass"
+    high, deviation, fourth = (0.005, 0.005 / 3**0.5, 0.005**4 / 5) if hopper else (0.1, 0.1, 3e-4)
     first, _ = envs.reset()
     for _ in range(2):
-        noise = envs.q - env.init_qpos
-        assert abs(noise).max() < 0.1 and noise.mean() == pytest.approx(0, abs=3e-3)
-        assert noise.std() == pytest.approx(0.1 / 3**0.5, rel=0.03)
-        assert envs.v.mean() == pytest.approx(0, abs=5e-3) and envs.v.std() == pytest.approx(0.1, rel=0.03)
-        assert (envs.v**4).mean() == pytest.approx(3e-4, rel=0.2)  # normal
-        assert abs(np.corrcoef(envs.q[:, :8].ravel(), envs.v[:, :8].ravel())[0, 1]) < 0.05
+        noise = envs.q - theirs(env_id, np.zeros(41)).init_qpos
+        assert abs(noise).max() < high and noise.mean() == pytest.approx(0, abs=0.03 * high)
+        assert noise.std() == pytest.approx(high / 3**0.5, rel=0.03)
+        assert envs.v.mean() == pytest.approx(0, abs=0.05 * high)
+        assert envs.v.std() == pytest.approx(deviation, rel=0.03)
+        assert (envs.v**4).mean() == pytest.approx(fourth, rel=0.2)  # normal, or uniform
+        assert abs(np.corrcoef(envs.q[:, :6].ravel(), envs.v[:, :6].ravel())[0, 1]) < 0.05
         again, *_ = envs.step(random_actions(envs)[0])
         assert (again != first).any(1).all()
 
@@ -114,7 +140,7 @@ def test_lockstep(env_id):
             assert reward.shape == terminated.shape == truncated.shape == (3,)
             assert (truncated == ((t + 1) % 4 == 0)).all()
             assert torch.equal(obs, info["final_obs"]) == ((t + 1) % 4 != 0)
-            assert set(info) == {"final_obs"} | ({"alive"} if env_id == "AntDir" else set())
+            assert set(info) == {"final_obs"} | ({"alive"} if env_id in MORTAL else set())
             assert torch.equal(envs.task, task)
             if t % 4 == 3:  # the next episode begins near its start
                 torch.testing.assert_close(obs, first, rtol=0, atol=0.8)
@@ -124,13 +150,14 @@ def test_lockstep(env_id):
     envs.close()
 
 
-def test_early_death():
-    """A dead Ant: one terminated step that counts, then idle steps of reward 0 to the episode's end; others go on."""
-    envs, other = (make_envs("AntDir", 3, horizon=6, episodes_per_task=2) for _ in range(2))
+@pytest.mark.parametrize("env_id", MORTAL)
+def test_early_death(env_id):
+    """One terminated step that counts, then idle steps of reward 0 to the episode's end; others go on."""
+    envs, other = (make_envs(env_id, 3, horizon=6, episodes_per_task=2) for _ in range(2))
     envs.reset(), other.reset()
     for t, action in enumerate(random_actions(envs, scale=0.1)):
         if t == 2:
-            envs.q[1, 2] = 1.5
+            envs.q[1, 2] = 1.5  # an Ant's height, a Hopper's angle
         if t == 8:
             envs.q[:, 2] = torch.tensor([-3, 1.5, 1.5])  # all at once, too low or too high
         obs, reward, terminated, truncated, info = envs.step(action)
@@ -140,6 +167,9 @@ def test_early_death():
         assert (reward[~info["alive"]] == 0).all() and (reward[info["alive"]] != 0).all()
         if t in (2, 8):
             dead = info["final_obs"]
+        if env_id == "HopperMass":  # its last observation says so
+            flags = info["final_obs"][:, -1].tolist()
+            assert flags == [t >= 8, 2 <= t < 6 or t >= 8, t >= 8]
         if 3 <= t < 5:
             assert torch.equal(info["final_obs"][1], dead[1])
         if 9 <= t < 11:
@@ -149,16 +179,18 @@ def test_early_death():
     assert torch.equal(obs, other_obs) and truncated.all()  # a first observation again
 
 
-def test_death_at_the_end():
+@pytest.mark.parametrize("env_id", MORTAL)
+def test_death_at_the_end(env_id):
     """In an episode's last step it is both terminated and truncated, and the next one lives."""
-    envs = make_envs("AntDir", 2, horizon=2, episodes_per_task=2)
+    envs = make_envs(env_id, 2, horizon=2, episodes_per_task=2)
     envs.reset()
     actions = random_actions(envs, scale=0.1)
     envs.step(actions[0])
     envs.q[0, 2] = 1.5
-    _, _, terminated, truncated, info = envs.step(actions[1])
+    obs, _, terminated, truncated, info = envs.step(actions[1])
     assert terminated.tolist() == [True, False] and truncated.all() and info["alive"].all()
-    assert info["final_obs"][0, 0] > 1
+    height_or_angle = 0 if env_id == "AntDir" else 1
+    assert info["final_obs"][0, height_or_angle] > 1 and obs[0, height_or_angle] < 1
     assert envs.step(actions[2])[4]["alive"].all()
 
 
@@ -262,6 +294,71 @@ def check_uniform(counts, empty=()):
     assert ((counts - mean) ** 2).sum() / mean < 45  # p < 1e-5 at up to 11 degrees of freedom
 
 
+# ---------- HopperMass ----------
+
+
+@pytest.mark.parametrize("split, size, low, high", [("train", 3000, 0, 1), ("test", 30, 1, 1.5)])
+def test_weights(split, size, low, high):
+    """Fixed tasks, all different, whose exponents fill their range evenly and are independent; a reset draws one."""
+    envs, other = (make_envs("HopperMass", 30, split, seed=seed, horizon=1) for seed in (1, 2))
+    assert envs.tasks == other.tasks == [f"HopperMass/{i}" for i in range(size)] and not envs.same_splits
+    table = envs.task_table
+    assert torch.equal(table, other.task_table) and table.shape == (size, 41)
+    assert torch.equal(envs.reset(tasks=envs.tasks[-30:])[1]["task"], table[-30:])
+    e = table.double().numpy()
+    assert len(np.unique(e)) > 0.98 * e.size  # rounded to float32
+    margin = 0.02 * (high - low)
+    assert low <= abs(e).min() < low + margin and high - margin < abs(e).max() <= high
+    counts = np.histogram(abs(e), 10, (low, high))[0]
+    assert counts == pytest.approx(e.size / 10, rel=0.25 if size == 30 else 0.03)
+    assert (e > 0).mean() == pytest.approx(0.5, abs=2 / e.size**0.5)
+    correlations = np.corrcoef(e.T) - np.eye(41)
+    assert abs(correlations).max() < 4.5 / size**0.5
+    for model, task in zip(envs.copies, e[-30:]):  # which exponent is whose
+        ours, originals = (np.concatenate([getattr(m, name).ravel() for name in VARIED]) for m in (model, envs.model))
+        np.testing.assert_allclose(ours, originals * 1.5**task, rtol=1e-14)
+        assert (originals != 0).sum() == 4 + 12 + 15 + 3
+    drawn = torch.cat([envs.reset()[1]["task"] for _ in range(40)])
+    distinct = {tuple(row) for row in drawn.tolist()}
+    assert distinct <= {tuple(row) for row in table.tolist()}
+    assert len(distinct) == pytest.approx(size * (1 - math.exp(-1200 / size)), rel=0.05)
+    assert not torch.equal(drawn[:30], other.reset()[1]["task"])
+
+
+def test_originals_are_restored():
+    """A task after others is what it is at first, bit for bit; and the originals are Gymnasium's."""
+    envs = make_envs("HopperMass", 2)
+    a, b = envs.tasks[:2], envs.tasks[2:4]
+    actions = random_actions(envs, 20)
+
+    def run(names):
+        out = [envs.reset(tasks=names)[0]]
+        out += [getattr(model, name).copy() for model in envs.copies for name in VARIED]
+        return out + [x for action in actions for x in envs.step(action)[:3]]
+
+    first, other, again = run(a), run(b), run(a)
+    assert all(np.array_equal(x, y) for x, y in zip(first, again))
+    assert not any(np.array_equal(x, y) for x, y in zip(first[1:9], other[1:9]))
+    original = gymnasium.make("Hopper-v5").unwrapped.model
+    assert all(np.array_equal(getattr(envs.model, name), getattr(original, name)) for name in VARIED)
+
+
+def test_what_has_an_effect():
+    """Of the 41 numbers, from one state: masses, inertias about y, sliding friction, dampings of the joints. Not what
+    belongs to the world's body or the root's joints; nor inertias about other axes: all motion is in a plane."""
+    envs = make_envs("HopperMass", 43)
+    envs.tasks = [f"{i}" for i in range(43)]  # nothing changed; each alone; the floor's friction above the foot's
+    envs.task_table = torch.cat([torch.zeros(1, 41), torch.eye(41), 2 * torch.eye(41)[20:21]])
+    envs.reset(tasks=envs.tasks)
+    envs.q[:], envs.v[:] = envs.q[0].copy(), envs.v[0].copy()
+    for action in random_actions(envs, 15)[:, :1]:
+        envs.step(action.repeat(43, 1))
+        assert envs.alive.all()
+    assert abs(envs.q[0, 1] - 1.25) > 0.01  # it has moved
+    effective = np.flatnonzero((envs.q != envs.q[0]).any(1)) - 1
+    assert effective.tolist() == [1, 2, 3, 4, 9, 12, 15, 18, 32, 38, 39, 40, 41]
+
+
 # ---------- Draws ----------
 
 
@@ -280,14 +377,13 @@ def trajectory(envs, resets=2):
 @ALL_IDS
 def test_same_seed_same_everything(env_id):
     """Whatever the number of threads, the global random states and, environment by environment, the number of them."""
-    factory = getattr(locomotion, env_id)
     sizes = dict(horizon=12, episodes_per_task=2)
     expected = trajectory(make_envs(env_id, 6, seed=0, **sizes))
     torch.manual_seed(99), np.random.seed(99)
     again = trajectory(make_envs(env_id, 6, seed=0, **sizes))
     assert all(torch.equal(a, b) for a, b in zip(again, expected))
     for threads in (1, 3):
-        envs = factory(6, seed=0, num_threads=threads, **sizes)
+        envs = make_envs(env_id, 6, seed=0, num_threads=threads, **sizes)
         assert envs.pool.nthread == threads
         assert all(torch.equal(a, b) for a, b in zip(trajectory(envs), expected))
     few = make_envs(env_id, 4, seed=0, **sizes)

@@ -30,7 +30,7 @@ from tests.test_belief import SCRIPTS, signals  # noqa: F401
 
 ALL = pytest.mark.parametrize("script", [varibad, dme, ldm, dynamite_rl], ids=lambda module: module.__name__)
 ROOT = Path(varibad.__file__).parent
-IDS = ["GridWorld", "SparsePointRobot", "ML1-reach", "ML10", "ML45", "GridWorldAlternating", "Reacher"]
+IDS = ["GridWorld", "SparsePointRobot", "ML1-reach", "ML10", "ML45", "GridWorldAlternating", "Reacher", "HopperMass"]
 TINY = (
     "--num-envs 4 --horizon 5 --episodes-per-task 2 --total-timesteps 160 --precollect 1 --num-minibatches 2 "
     "--hidden-dim 8 --policy-layers 8 --decoder-layers 8 --belief-batch 3 --buffer-size 10 --checkpoint-interval 2"
