@@ -401,7 +401,7 @@ def test_resume(tmp_path):
 
 
 def test_sizes_of_the_preset():
-    """variBAD's parts have the numbers of parameters in LaSER's Table 4, whose policy has 4 more: a Gaussian's spread."""
+    """Parameters of variBAD's parts are those of LaSER's Table 4, whose policy has four more: a Gaussian's spread."""
     args, envs = varibad.parse_args(["--env-id", "MEWA"]), make_envs("MEWA", 1)
     model = varibad.BeliefModel(args, envs)
     agent = varibad.Agent(args, 19, envs.single_action_space, model.belief_sizes)
