@@ -285,11 +285,10 @@ def test_short_horizon():
         make_envs("MEWA", 1, horizon=11)
 
 
-def play(num_envs, seed=1, split="train", tasks=None, resets=2, repeat=1):
+def play(num_envs, seed=1, split="train", tasks=None, resets=2):
     """Everything that `resets` meta-episodes of fixed actions bring: tasks (resets, N, 4), observations (., N, 19)."""
     envs = make_envs("MEWA", num_envs, split, seed)
-    envs.repeat = repeat
-    actions = torch.randint(4, (envs.meta_horizon, 1), generator=torch.Generator().manual_seed(7))
+    actions = torch.randint(4, (50, 1), generator=torch.Generator().manual_seed(7)).repeat(4, 1)  # in every episode
     found, drawn = [], []
     for _ in range(resets):
         drawn.append(envs.reset(tasks)[1]["task"])
