@@ -228,6 +228,7 @@ SMALL_ML = dict(
 )  # fmt: skip
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
     "SparsePointRobot": dict(tbptt=50, elbo_terms=25, decode_terms=100),
+    "MEWA": dict(tbptt=50, elbo_terms=25, decode_terms=100),
     "AntGoal": dict(tbptt=50, elbo_terms=25, decode_terms=100),
     # The tasks of ML1 differ in goals: no state decoder. The policy waits for a belief that has settled.
     "ML1": SMALL_ML | dict(
