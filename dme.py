@@ -66,7 +66,7 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 @dataclass
 class Args:
     # experiment
-    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
+    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, MEWA, HalfCheetahVel, HalfCheetahDir, AntDir,
     # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating,
     # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
     env_id: str = "GridWorld"
@@ -233,6 +233,7 @@ SMALL_ML = dict(
 )  # fmt: skip
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
     "SparsePointRobot": dict(tbptt=50, elbo_terms=25, decode_terms=100),
+    "MEWA": dict(tbptt=50, elbo_terms=25, decode_terms=100),
     "AntGoal": dict(tbptt=50, elbo_terms=25, decode_terms=100),
     "HopperMass": dict(buffer_size=2000),  # 0.36 GB
     # The tasks of ML1 differ in goals: no state decoder. The policy waits for a belief that has settled.
@@ -963,7 +964,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
     virtual: the rewards are those that the decoder gives under a task drawn from the prior for each environment (11);
     the environments' own stay in data["true_rewards"], which else is data["rewards"] itself.
 
-    Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, terminated, alive, success (T, N),
+    Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, raw_rewards, terminated, alive, success (T, N),
     beliefs (T + 1, N, .), task (N, G), and env_seconds, the time spent in `envs.step`.
     """
     T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
@@ -973,6 +974,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
         next_obs=torch.empty(T, N, S, device=device),
         actions=torch.empty(T, N, *A, device=device, dtype=torch.int64 if agent.discrete else torch.float32),
         rewards=torch.empty(T, N, device=device),
+        raw_rewards=torch.empty(T, N, device=device),  # what returns are reported in
         terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
         alive=torch.ones(T, N, device=device, dtype=torch.bool),
         success=torch.zeros(T, N, device=device, dtype=torch.bool),
@@ -1007,6 +1009,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             start = time.perf_counter()
             obs, reward, terminated, _, info = envs.step(action)
             env_seconds += time.perf_counter() - start
+            data["raw_rewards"][t] = info.get("raw_reward", reward)
             next_obs = info["final_obs"] + shift
             data["true_rewards"][t] = reward
             if virtual:
@@ -1044,7 +1047,7 @@ def evaluate(eval_envs, agent, model, args, blind=False):
                 padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
                 data = rollout(envs, agent, model, args, blind, padded, deterministic=not args.eval_sample)
                 episodes = (envs.episodes_per_task, envs.horizon, envs.num_envs)
-                returns = data["rewards"].view(episodes).sum(1).T.tolist()
+                returns = data["raw_rewards"].view(episodes).sum(1).T.tolist()
                 success = data["success"].view(episodes).any(1).float().T.tolist()
                 beliefs = data["beliefs"][-1].tolist()
                 for name, r, s, b in zip(chunk, returns, success, beliefs):
@@ -1060,6 +1063,9 @@ def evaluate(eval_envs, agent, model, args, blind=False):
                 if len(set(families)) > 1:
                     for family in dict.fromkeys(families):
                         scalars[f"eval/{split}/{word}/{family}"] = float(rows[families == family, -1].mean())
+            if hasattr(envs, "score"):
+                returns = {name: detail["return"] for name, detail in details[split].items()}
+                scalars |= {f"eval/{split}/{key}": value for key, value in envs.score(returns).items()}
         agent.train(), model.train()
     return scalars, details
 
@@ -1451,7 +1457,7 @@ def train(args, envs, eval_envs, device, folder, state):
 
             progress.update(steps)
             if global_step // LOG_EVERY > (global_step - steps) // LOG_EVERY or iteration == iterations:
-                episodes = data["true_rewards"].view(args.episodes_per_task, args.horizon, -1).sum(1).mean(1)
+                episodes = data["raw_rewards"].view(args.episodes_per_task, args.horizon, -1).sum(1).mean(1)
                 success = data["success"].view(args.episodes_per_task, args.horizon, -1).any(1).float().mean(1)
                 episodes, success = ((all_sum(x) / ranks()).tolist() for x in (episodes, success))
                 seconds = np.diff(clock)

@@ -1003,9 +1003,9 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
 
     The beliefs are those on which the policy acts (Algorithm 3): at a session's first step, by the predicted ends, that
     of --boundary-belief.
-    Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, terminated, alive, success (T, N), session_end
-    (T, N), whose last row is True, predicted_end (T, N), beliefs (T + 1, N, .), task (N, G), contexts (T, N, C), and
-    env_seconds, the time spent in `envs.step`.
+    Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, raw_rewards, terminated, alive, success (T, N),
+    session_end (T, N), whose last row is True, predicted_end (T, N), beliefs (T + 1, N, .), task (N, G), contexts
+    (T, N, C), and env_seconds, the time spent in `envs.step`.
     """
     T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
     device, A = envs.device, () if agent.discrete else envs.single_action_space.shape
@@ -1014,6 +1014,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
         next_obs=torch.empty(T, N, S, device=device),
         actions=torch.empty(T, N, *A, device=device, dtype=torch.int64 if agent.discrete else torch.float32),
         rewards=torch.empty(T, N, device=device),
+        raw_rewards=torch.empty(T, N, device=device),  # what returns are reported in
         terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
         alive=torch.ones(T, N, device=device, dtype=torch.bool),
         success=torch.zeros(T, N, device=device, dtype=torch.bool),
@@ -1043,6 +1044,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             start = time.perf_counter()
             obs, reward, terminated, _, info = envs.step(action)
             env_seconds += time.perf_counter() - start
+            data["raw_rewards"][t] = info.get("raw_reward", reward)
             next_obs = info["final_obs"] + shift
             data["next_obs"][t], data["actions"][t], data["rewards"][t] = next_obs, action, reward
             data["terminated"][t] = terminated
@@ -1110,7 +1112,7 @@ def evaluate(eval_envs, agent, model, args, blind=False):
                 padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
                 data = rollout(envs, agent, model, args, blind, padded, deterministic=not args.eval_sample)
                 episodes = (envs.episodes_per_task, envs.horizon, envs.num_envs)
-                returns = data["rewards"].view(episodes).sum(1).T.tolist()
+                returns = data["raw_rewards"].view(episodes).sum(1).T.tolist()
                 success = data["success"].view(episodes).any(1).float().T.tolist()
                 beliefs = data["beliefs"][-1].tolist()
                 sums = sums + session_sums(data, slice(len(chunk)))
@@ -1128,6 +1130,9 @@ def evaluate(eval_envs, agent, model, args, blind=False):
                 if len(set(families)) > 1:
                     for family in dict.fromkeys(families):
                         scalars[f"eval/{split}/{word}/{family}"] = float(rows[families == family, -1].mean())
+            if hasattr(envs, "score"):
+                returns = {name: detail["return"] for name, detail in details[split].items()}
+                scalars |= {f"eval/{split}/{key}": value for key, value in envs.score(returns).items()}
         agent.train(), model.train()
     return scalars, details
 
@@ -1521,7 +1526,7 @@ def train(args, envs, eval_envs, device, folder, state):
 
             progress.update(steps)
             if global_step // LOG_EVERY > (global_step - steps) // LOG_EVERY or iteration == iterations:
-                episodes = data["rewards"].view(args.episodes_per_task, args.horizon, -1).sum(1).mean(1)
+                episodes = data["raw_rewards"].view(args.episodes_per_task, args.horizon, -1).sum(1).mean(1)
                 success = data["success"].view(args.episodes_per_task, args.horizon, -1).any(1).float().mean(1)
                 episodes, success = ((all_sum(x) / ranks()).tolist() for x in (episodes, success))
                 seconds = np.diff(clock)

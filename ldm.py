@@ -65,7 +65,7 @@ PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint
 @dataclass
 class Args:
     # experiment
-    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, HalfCheetahVel, HalfCheetahDir, AntDir,
+    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, MEWA, HalfCheetahVel, HalfCheetahDir, AntDir,
     # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating,
     # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
     env_id: str = "GridWorldLDM"
@@ -990,9 +990,9 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
 
     mixture: roles and weights, of `draw_mixture`. The mixture workers' rewards are imaginary then, for both encoders
     and all that learns from them; the environments' own stay in true_rewards.
-    Returns a dict: obs, next_obs, acted_on (T, N, S), actions (T, N, .), rewards, true_rewards, terminated, alive,
-    success (T, N), beliefs (T + 1, N, .), task (N, G), normal (n,), env_seconds, the time spent in `envs.step`, and
-    mixed (N, Z), the last m^.
+    Returns a dict: obs, next_obs, acted_on (T, N, S), actions (T, N, .), rewards, true_rewards, raw_rewards,
+    terminated, alive, success (T, N), beliefs (T + 1, N, .), task (N, G), normal (n,), env_seconds, the time spent in
+    `envs.step`, and mixed (N, Z), the last m^.
     acted_on: the state after the transition as the policy sees it, after an episode's end the next one's first state.
     """
     T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
@@ -1002,6 +1002,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
         next_obs=torch.empty(T, N, S, device=device),
         actions=torch.empty(T, N, *A, device=device, dtype=torch.int64 if agent.discrete else torch.float32),
         rewards=torch.empty(T, N, device=device),
+        raw_rewards=torch.empty(T, N, device=device),  # what returns are reported in
         true_rewards=torch.empty(T, N, device=device),
         terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
         alive=torch.ones(T, N, device=device, dtype=torch.bool),
@@ -1035,6 +1036,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             start = time.perf_counter()
             obs, reward, terminated, _, info = envs.step(action)
             env_seconds += time.perf_counter() - start
+            data["raw_rewards"][t] = info.get("raw_reward", reward)
             next_obs = info["final_obs"] + shift
             data["next_obs"][t], data["actions"][t], data["true_rewards"][t] = next_obs, action, reward
             data["terminated"][t] = terminated
@@ -1078,7 +1080,7 @@ def evaluate(eval_envs, agent, model, args, blind=False):
                 padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
                 data = rollout(envs, agent, model, args, blind, padded, deterministic=not args.eval_sample)
                 episodes = (envs.episodes_per_task, envs.horizon, envs.num_envs)
-                returns = data["rewards"].view(episodes).sum(1).T.tolist()
+                returns = data["raw_rewards"].view(episodes).sum(1).T.tolist()
                 success = data["success"].view(episodes).any(1).float().T.tolist()
                 beliefs = data["beliefs"][-1].tolist()
                 for name, r, s, b in zip(chunk, returns, success, beliefs):
@@ -1094,6 +1096,9 @@ def evaluate(eval_envs, agent, model, args, blind=False):
                 if len(set(families)) > 1:
                     for family in dict.fromkeys(families):
                         scalars[f"eval/{split}/{word}/{family}"] = float(rows[families == family, -1].mean())
+            if hasattr(envs, "score"):
+                returns = {name: detail["return"] for name, detail in details[split].items()}
+                scalars |= {f"eval/{split}/{key}": value for key, value in envs.score(returns).items()}
         agent.train(), model.train()
     return scalars, details
 
@@ -1485,7 +1490,7 @@ def train(args, envs, eval_envs, device, folder, state):
 
             progress.update(steps)
             if global_step // LOG_EVERY > (global_step - steps) // LOG_EVERY or iteration == iterations:
-                real = [data[name][:, data["normal"]] for name in ("rewards", "success")]
+                real = [data[name][:, data["normal"]] for name in ("raw_rewards", "success")]
                 episodes, success = (x.view(args.episodes_per_task, args.horizon, -1) for x in real)
                 episodes, success = episodes.sum(1).mean(1), success.any(1).float().mean(1)
                 episodes, success = ((all_sum(x) / ranks()).tolist() for x in (episodes, success))

@@ -1,5 +1,5 @@
 """MEWA's castle task, of LaSER ("Task-Specific Exploration in Meta-Reinforcement Learning via Task Reconstruction",
-sections 5.1.1 and E.1), on the device: a batch of states is a tensor of their numbers, and a step looks up what follows.
+sections 5.1.1 and E.1), on the device: states are numbered, and a step looks up what follows.
 
 A castle has a structure of three blocks of each colour: red, blue, green, orange is the order in which they pay. An
 action puts one of the five blocks of a colour on its structure. The second block of a structure may be a mistake, with

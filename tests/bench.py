@@ -10,6 +10,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -290,6 +291,46 @@ def bench_gru(seconds):
         )
 
 
+def bench_mewa(seconds):
+    """Steps/s of MEWA with random actions, one thread, idle ones among them: 16 and 4,096 environments, and one in a
+    plain Python loop."""
+    import torch
+
+    from common.envs import make_envs
+    from tests import mewa_plain
+
+    torch.set_num_threads(1)
+    tasks = make_envs("MEWA", 1, "test").task_table[:12].tolist()
+    made = {num_envs: make_envs("MEWA", num_envs) for num_envs in (16, 4096)}
+    actions = {num_envs: torch.randint(4, (envs.meta_horizon, num_envs)) for num_envs, envs in made.items()}
+
+    def run_plain():
+        return sum(mewa_plain.episode(p, lambda _: random.randrange(4))[0] for p in tasks)
+
+    def run_ours(num_envs):
+        made[num_envs].reset()
+        for action in actions[num_envs]:
+            made[num_envs].step(action)
+        return actions[num_envs].numel()
+
+    def timed(run, *words):
+        begin = time.process_time()
+        return run(*words) / (time.process_time() - begin)
+
+    rounds, begin = [], time.perf_counter()
+    while len(rounds) < 3 or time.perf_counter() - begin < seconds / 4:
+        rounds.append((timed(run_plain), timed(run_ours, 16), timed(run_ours, 4096)))
+    p, few, many = (statistics.median(x) for x in zip(*rounds))
+    print(
+        f"mewa: one core, medians of {len(rounds)} rounds\n"
+        f"  steps/s          {p:,.0f} plain Python, {few:,.0f} with 16 environments, {many:,.0f} with 4096  "
+        "(wanted: 1,500,000)\n"
+        f"  ours / plain     {statistics.median(x / p for p, x, _ in rounds):.1f} with 16, "
+        f"{statistics.median(x / p for p, _, x in rounds):.0f} with 4096",
+        flush=True,
+    )
+
+
 def bench_cuda(seconds):
     """GridWorld on a GPU: steps/s with 16, 256 and 4096 environments, and what a rollout's time goes into."""
     import torch
@@ -335,6 +376,7 @@ BENCHMARKS = {
     "gru": bench_gru,
     "metaworld": bench_metaworld,
     "mujoco": bench_mujoco,
+    "mewa": bench_mewa,
     "scripts": bench_scripts,
     "cuda": bench_cuda,
 }

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+import ldm
+import varibad
 from common.envs import BadInput, make_envs
 from common.mewa import DEVIATION, MEAN, REFERENCES, TEST_TASKS
 from tests import mewa_plain as plain
+from tests.test_scripts import ALL, metrics, resume_equals_straight, run
 
 RECORDED = json.loads((Path(__file__).parent / "mewa_reference.json").read_text())
 TASKS = np.array(TEST_TASKS)
@@ -282,11 +285,10 @@ def test_short_horizon():
         make_envs("MEWA", 1, horizon=11)
 
 
-def play(num_envs, seed=1, split="train", tasks=None, resets=2, repeat=1):
+def play(num_envs, seed=1, split="train", tasks=None, resets=2):
     """Everything that `resets` meta-episodes of fixed actions bring: tasks (resets, N, 4), observations (., N, 19)."""
     envs = make_envs("MEWA", num_envs, split, seed)
-    envs.repeat = repeat
-    actions = torch.randint(4, (envs.meta_horizon, 1), generator=torch.Generator().manual_seed(7))
+    actions = torch.randint(4, (50, 1), generator=torch.Generator().manual_seed(7)).repeat(4, 1)  # in every episode
     found, drawn = [], []
     for _ in range(resets):
         drawn.append(envs.reset(tasks)[1]["task"])
@@ -370,12 +372,54 @@ def test_score():
     assert make_envs("MEWA", 1).score({"MEWA/0": [0.0]}) == {}
 
 
-def test_meta_device():
-    """Two meta-episodes where tensors have shapes and no data: nothing waits, nothing is elsewhere."""
-    envs = make_envs("MEWA", 3, device="meta")
-    for names in (None, ["MEWA/1"] * 3):
-        obs, _ = envs.reset(names)
-        for _ in range(envs.meta_horizon):
-            obs, reward, terminated, truncated, info = envs.step(torch.zeros(3, dtype=torch.int64, device="meta"))
-        found = (obs, reward, terminated, truncated, *info.values())
-        assert {x.device.type for x in found} == {"meta"} and obs.shape == (3, 19)
+# ---------- In the scripts ----------
+
+
+@ALL
+def test_evaluation(script, tmp_path):
+    """Reported are raw returns, in training too, and what they score; the rewards that are learned from are not raw."""
+    words = ["--env-id", "MEWA", "--horizon", 50, "--total-timesteps", 800, "--eval-tasks", 24]
+    buffer = run(script, tmp_path, *words, eval_interval=0)["processes"][0]["buffer"]["store"]
+    assert buffer["rewards"].view(-1, 2, 50).sum(-1).min() >= -1e-5  # of normalised ones, episodes return 0 to 1
+    found = json.loads((tmp_path / "eval.json").read_text())
+    for split in ("train", "test"):
+        returns = np.array([task["return"] for task in found["tasks"][split].values()])
+        assert returns.shape == (24, 2) and (-11.3 < returns).all() and (returns < -1.59).all()
+        assert found[f"eval/{split}/return"] == pytest.approx(returns[:, 1].mean())
+    random, optimal = (np.mean(REFERENCES[name]) for name in ("random", "optimal"))
+    for name, value in (("score_episode_1", returns[:, 0].mean()), ("score", returns[:, 1].mean())):
+        assert found[f"eval/test/{name}"] == pytest.approx((value - random) / (optimal - random))
+    assert sum("/score/MEWA/" in key for key in found) == 12 and not any("train/score" in key for key in found)
+    logged = {key: float(value) for _, key, value in metrics(tmp_path)[1:]}
+    assert logged["eval/test/score"] == found["eval/test/score"] and -11.3 < logged["charts/episodic_return"] < -1.59
+
+
+def test_resume(tmp_path):
+    """Mistakes, too, come again: a run that was interrupted equals one that was not, to the last bit."""
+    resume_equals_straight(varibad, tmp_path, "--env-id", "MEWA", "--horizon", 12, "--total-timesteps", 384)
+
+
+def test_sizes_of_the_preset():
+    """Parameters of variBAD's parts are those of LaSER's Table 4, whose policy has four more: a Gaussian's spread."""
+    args, envs = varibad.parse_args(["--env-id", "MEWA"]), make_envs("MEWA", 1)
+    model = varibad.BeliefModel(args, envs)
+    agent = varibad.Agent(args, 19, envs.single_action_space, model.belief_sizes)
+    parts = dict(policy=agent, **dict(model.named_children()))
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    assert count["encoder"] + count["heads"] == 76_538 and count["reward_decoder"] == 8_337
+    assert count["policy"] + 4 == 101_001 + 704
+
+
+@ALL
+def test_meta_device(script):
+    """Rollouts where tensors have shapes and no data: nothing waits for a number, nothing is elsewhere."""
+    args, device = script.parse_args(["--env-id", "MEWA"]), torch.device("meta")
+    args.horizon, args.episodes_per_task = 12, 2
+    envs = make_envs("MEWA", 3, "test", device=device, horizon=12, episodes_per_task=2)
+    with device:
+        model = script.BeliefModel(args, envs)
+        sizes = [2 * args.policy_latent_dim] if script is ldm else model.belief_sizes
+        agent = script.Agent(args, 19, envs.single_action_space, sizes)
+    for tasks in (None, ["MEWA/1#0"] * 3):
+        data = script.rollout(envs, agent, model, args, tasks=tasks)
+        assert {x.device for x in data.values() if isinstance(x, torch.Tensor)} == {device}
