@@ -35,6 +35,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -74,14 +75,13 @@ PARTS = (  # what a checkpoint holds beside counters and `processes`
 class Args:
     # experiment
     # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, MEWA, HalfCheetahVel, HalfCheetahDir, AntDir,
-    # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating,
-    # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
+    # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory without sessions.
     env_id: str = "MEWA"
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     total_timesteps: int = 0  # environment steps of both phases, at most; 0 = what their iterations take
-    num_envs: int = 12  # tasks of an iteration (P), of both phases (ours; it fits the paper's numbers of steps)
+    num_envs: int = 12  # tasks of an iteration (P), of both phases (ours; it fits the paper's numbers of MEWA's steps)
     horizon: int = 50  # steps of an episode (H); 0 = the environment's own
     episodes_per_task: int = 4  # episodes of an exploration meta-episode (K); 0 = the environment's own
     eval_interval: int = 100  # iterations of phase 2 between evaluations; 0 = only at the end; negative = never
@@ -103,9 +103,8 @@ class Args:
     anneal_lr: bool = False  # let it fall linearly to 0 over phase 2 (the authors' code, not the paper)
     gamma: float = 0.99  # discount per step; in phase 1 over the whole meta-episode
     gae_lambda: float = 0.9  # lambda of the generalised advantage estimate
-    # terminal: the value is 0 after the last episode, and an exploration episode's last step bootstraps from the next
-    # one's first (the authors' code); episode: no credit flows from one exploration episode to the next.
-    time_limit: Literal["terminal", "episode"] = "terminal"
+    # The value is 0 after the last episode; an exploration episode's last step bootstraps from the next one's first.
+    time_limit: Literal["terminal"] = "terminal"
     update_epochs: int = 4  # passes over an iteration's steps
     num_minibatches: int = 2  # gradient steps per pass
     clip_coef: float = 0.2  # epsilon of the clipped ratio and value
@@ -143,7 +142,7 @@ class Args:
 
     # LaSER
     explore_iterations: int = 10_000  # of phase 1 (N_explore)
-    initial_iterations: int = 2_000  # of them before the exploration policy learns: until then it is nearly uniform
+    initial_iterations: int = 2_000  # of them before the exploration policy learns: until then it is as at the start
     task_iterations: int = 10_000  # of phase 2 (N_task)
     explored: str = ""  # checkpoint of a run whose phase 1 is over: encoder and exploration policy come from there
     meta_episodes: int = 20  # of a task (Q)
@@ -174,24 +173,25 @@ class Args:
     recompute: bool = False  # transformers' activations are computed again in the backward pass: slower, less memory
 
 
-# The paper's Tables 5 to 8; Args' defaults are those of MEWA.
+# The paper's Tables 5 to 8; Args' defaults are those of MEWA. Ours: the tasks of an iteration, the warm-up of the
+# contrastive loss (half of the initial iterations, as in MEWA), bounds of deviations, and all that evaluates.
 PRESETS = {
     "MEWA": dict(),
     "ML10": dict(
         num_envs=10, horizon=200, episodes_per_task=2, explore_iterations=700, initial_iterations=20,
         task_iterations=9_000, belief_updates=2, belief_batch=10, buffer_size=1_000, nu=25, contrastive_warmup=10,
         sigma=0.01, beta=0.0, zeta=0.0, pfo_coef=0.0, update_epochs=2, num_minibatches=8, policy_layers=(256, 256, 128),
-        context_layers=(256, 256, 128, 10), std_min=0.5, std_max=1.5,
+        context_layers=(256, 256, 128, 10), std_min=0.5, std_max=1.5, eval_episodes=1, eval_interval=500,
     ),
     "HopperMass": dict(
         horizon=400, explore_iterations=600, initial_iterations=30, task_iterations=2_500, belief_learning_rate=5e-4,
         belief_updates=2, belief_batch=10, buffer_size=2_000, nu=25, contrastive_warmup=15, sigma=0.003,
         explore_learning_rate=8e-5, survival_coef=0.01, learning_rate=6e-5, beta=0.0, zeta=0.0, pfo_coef=0.0,
         num_minibatches=8, policy_layers=(256, 256, 128), context_layers=(256, 256, 128, 10), eval_tasks=30,
-        recompute=True,
+        eval_episodes=2, recompute=True,
     ),
 }  # fmt: skip
-YOUR_OWN = dict(horizon=0, episodes_per_task=0)  # whatever else; and for package.module:factory
+PRESETS |= dict.fromkeys(("ML1", "ML45"), PRESETS["ML10"])
 SMALL_SIZES = dict(  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
     meta_episodes=4, d_model=32, num_layers=2, num_heads=4, feed_forward=128, belief_batch=4, belief_updates=8,
     explore_iterations=300, initial_iterations=60, task_iterations=2_000, contrastive_warmup=30, nu=10,
@@ -204,6 +204,13 @@ SMALL = {
     "HopperMass": SMALL_SIZES | dict(explore_iterations=60, initial_iterations=10, contrastive_warmup=5,
         belief_updates=4, belief_batch=2, task_iterations=1_000, learning_rate=3e-4, eval_episodes=2),
 }  # fmt: skip
+SMALL |= dict.fromkeys(("ML1", "ML45"), SMALL["ML10"])
+# Whatever else, and package.module:factory: sizes for a small machine, with --cuda, too (ours).
+YOUR_OWN = SMALL_SIZES | dict(horizon=0, episodes_per_task=0)
+ENCODERS = (  # arguments that an encoder is made for
+    "env_id horizon episodes_per_task meta_episodes belief_batch d_model num_layers num_heads feed_forward obs_embed "
+    "explore_layers use_gamma_in_context mask_pads"
+).split()
 
 
 def parse_args(argv=None):
@@ -214,6 +221,7 @@ def parse_args(argv=None):
     early.add_argument("--cuda", action="store_true")
     early.add_argument("--resume", default="")
     early.add_argument("--evaluate", default="")
+    early.add_argument("--explored", default="")
     known = early.parse_known_args(argv)[0]
     path = known.resume or known.evaluate
     if path:
@@ -223,6 +231,8 @@ def parse_args(argv=None):
         family = name.split("-")[0]
         small = {} if known.cuda else SMALL.get(name, SMALL.get(family, {}))
         defaults = PRESETS.get(family, YOUR_OWN) | small
+        if known.explored:
+            defaults |= {name: load_checkpoint(known.explored)["args"][name] for name in ENCODERS}
     return tyro.cli(Args, args=argv, default=Args(**defaults))
 
 
@@ -274,22 +284,7 @@ def check_args(args):
         raise BadInput("--explored makes no sense without an encoder: --no-belief and --oracle-context have none")
 
 
-# ---------- 3b. Several processes (torchrun), and finite numbers ----------
-
-
-def ranks():
-    """The number of processes: torchrun's, each with its share of the environments, the buffer and the batches."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def leads():
-    """Whether this process is the one that evaluates and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def share(n):
-    """This process's part of n things."""
-    return (n + dist.get_rank()) // ranks() if dist.is_initialized() else n
+# ---------- 3b. Finite numbers (and sums over processes, of which there is one here) ----------
 
 
 def all_sum(x):
@@ -471,6 +466,8 @@ class Block(nn.Module):
         self.num_heads = num_heads
         self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
         self.net = mlp([size, feed_forward, size], nn.GELU)
+        nn.init.xavier_uniform_(self.qkv.weight)  # as PyTorch's own attention
+        nn.init.zeros_(self.qkv.bias), nn.init.zeros_(self.out.bias)
 
     def split(self, x):
         """(N, L, D) -> (N, heads, L, D / heads)."""
@@ -511,8 +508,6 @@ class Transformer(nn.Module):
             for layer in (block.qkv, block.out, block.net[0], block.net[2]):
                 nn.init.xavier_uniform_(layer.weight)
                 layer.weight.data *= scale * (2**0.5 if layer is block.qkv else 1)
-            nn.init.zeros_(block.qkv.bias)
-            nn.init.zeros_(block.out.bias)
 
     def forward(self, tokens, mask):
         """mask (N, 1, L or 1, L): True is seen."""
@@ -791,9 +786,9 @@ def meta_bonus(weight, entropy, args):
 
 def real_rows(alive):
     """Numbers of the steps that are real. On a GPU, where counting them would wait for the device, of all steps."""
-    return (
-        alive.flatten().nonzero()[:, 0] if alive.device.type == "cpu" else torch.arange(alive.numel()).to(alive.device)
-    )
+    if alive.device.type == "cpu":
+        return alive.flatten().nonzero()[:, 0]
+    return torch.arange(alive.numel(), device=alive.device)
 
 
 def ppo_update(agent, optimizer, data, epochs, minibatches, clip_coef, args, meta=False):
@@ -810,12 +805,14 @@ def ppo_update(agent, optimizer, data, epochs, minibatches, clip_coef, args, met
     count = alive.sum()
     if meta:
         group = rows % N // (N // len(data["contexts"]))
+    else:
+        codes = data["codes"].flatten(0, 1)[rows]
 
     def inputs(index):
         """Of the networks, for these of the rows."""
         if meta:
             return agent.embed(b["obs"][index], agent.extract(data["contexts"])[group[index]])
-        return agent.embed(b["obs"][index], agent.extract(data["codes"].flatten(0, 1)[rows[index]]))
+        return agent.embed(b["obs"][index], agent.extract(codes[index]))
 
     def by_time(x):  # of the rows, back to (T, N): zeros where there is no real step
         return torch.zeros(T * N, device=x.device).index_copy(0, rows, x * alive).view(T, N)
@@ -888,20 +885,26 @@ class Buffer:
     values; a discrete action is one, too.
     """
 
-    def __init__(self, size, envs, discrete):
-        self.size, self.next, self.full, self.store = size, 0, 0, {}
-        self.obs_dim, self.discrete = envs.single_observation_space.shape[0], discrete
+    def __init__(self, size, envs):
+        self.size, self.device = size, envs.device
+        self.obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
+        self.discrete = hasattr(space, "n")
+        if self.discrete:  # the number of actions stands for none
+            self.one_hot = torch.eye(int(space.n) + 1, int(space.n), device=envs.device)
         self.obs_type = torch.uint8 if getattr(envs, "integer_obs", False) else torch.float32
         values = getattr(envs, "reward_values", None)
-        self.values = None if values is None else torch.as_tensor(values, device=envs.device).unique()  # sorted
+        self.values = None if values is None else torch.as_tensor(values, device=envs.device).sort().values
+        self.clear()
+
+    def clear(self):
+        self.next, self.full, self.store = 0, 0, {}
 
     def pack(self, tokens, valid):
         """tokens (.., L, X), valid (.., L) -> what is stored of them."""
         obs, action, reward = tokens.split([self.obs_dim, tokens.shape[-1] - self.obs_dim - 1, 1], -1)
         packed = dict(obs=obs.to(self.obs_type), actions=action, rewards=reward[..., 0], valid=valid)
-        if self.discrete:  # the number of actions stands for none
+        if self.discrete:
             packed["actions"] = torch.where(action.any(-1), action.argmax(-1), action.shape[-1]).to(torch.uint8)
-            self.one_hot = torch.eye(action.shape[-1] + 1, action.shape[-1], device=tokens.device)
         if self.values is not None:
             packed["rewards"] = torch.searchsorted(self.values, packed["rewards"].contiguous()).to(torch.uint8)
         return packed
@@ -934,26 +937,25 @@ class Buffer:
         return self.unpack({name: tensor[rows, order] for name, tensor in self.store.items()})
 
     def state_dict(self):
-        state = dict(next=self.next, full=self.full, store={k: v[: self.full].clone() for k, v in self.store.items()})
-        return state | dict(one_hot=self.one_hot) if self.store and self.discrete else state
+        store = {name: tensor[: self.full].to("cpu", copy=True) for name, tensor in self.store.items()}
+        return dict(next=self.next, full=self.full, store=store)
 
     def load_state_dict(self, state):
         self.next, self.full = state["next"], state["full"]
-        self.store = {k: v.new_empty(self.size, *v.shape[1:]) for k, v in state["store"].items()}
+        self.store = {k: v.new_empty(self.size, *v.shape[1:], device=self.device) for k, v in state["store"].items()}
         for name, tensor in state["store"].items():
             self.store[name][: self.full] = tensor
-        self.one_hot = state.get("one_hot")
 
 
 # ---------- 8. Rollouts ----------
 
 
-def action_input(space, action, device):
-    """What the encoder reads of a policy's action: one-hot if discrete, clipped to its box else."""
+def action_input(space, device):
+    """What the encoder reads of a policy's actions, a function: one-hot if discrete, clipped to its box else."""
     if hasattr(space, "n"):
-        return F.one_hot(action, int(space.n)).float()
+        return lambda action: F.one_hot(action, int(space.n)).float()
     low, high = (torch.as_tensor(bound, device=device) for bound in (space.low, space.high))
-    return torch.maximum(torch.minimum(action, high), low)
+    return lambda action: torch.maximum(torch.minimum(action, high), low)
 
 
 def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
@@ -978,6 +980,7 @@ def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
         alive=torch.ones(T, N, device=device, dtype=torch.bool),
     )
     tokens, valid, gammas, env_seconds = data["tokens"], data["valid"], data["gammas"], 0.0
+    read = action_input(space, device)
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
         data["task"] = info["task"].clone()
@@ -996,7 +999,7 @@ def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
                 if "alive" in info:
                     data["alive"][t] = info["alive"]
                 valid[:, slot] = data["alive"][t]
-                token = torch.cat([info["final_obs"], action_input(space, action, device), reward[:, None]], -1)
+                token = torch.cat([info["final_obs"], read(action), reward[:, None]], -1)
                 tokens[:, slot] = token * valid[:, slot, None]
             gammas[:, slot] = encoder.step(tokens[:, slot], slot, caches, valid)
     codes = gammas.view(N, -1, slots, args.d_model)[:, :, :-1].flatten(1, 2).transpose(0, 1)
@@ -1092,7 +1095,9 @@ def evaluate(eval_envs, encoder, explorer, agent, args):
                         scalars[f"eval/{split}/{word}/{family}"] = float(rows[families == family, -1].mean())
             if hasattr(envs, "score"):
                 returns = {name: detail["return"] for name, detail in details[split].items()}
-                scalars |= {f"eval/{split}/{key}": value for key, value in envs.score(returns).items()}
+                for key, value in envs.score(returns).items():  # which counts from 1
+                    after = re.sub(r"episode_(\d+)", lambda k: f"after_{int(k[1]) - 1}", key)
+                    scalars[f"eval/{split}/{after}"] = value
     return scalars, details
 
 
@@ -1108,8 +1113,8 @@ def contexts_by_episode(envs, encoder, explorer, tasks, args):
         for k in range(1, args.episodes_per_task + 1):
             valid = data["valid"].clone()
             valid[:, k * (args.horizon + 1) :] = False  # as if the other episodes had not been played
-            shown = valid.unsqueeze(-1)
-            yield encoder.task_context(data["tokens"] * shown, valid, data["gammas"] * shown)
+            tokens = data["tokens"] * valid.unsqueeze(-1)
+            yield encoder.task_context(tokens, valid, encoder.gammas(tokens, valid))
 
 
 def eval_names(envs, args):
@@ -1121,10 +1126,13 @@ def eval_names(envs, args):
 
 
 def make_eval_envs(args, device, splits=SPLITS):
-    """Evaluation environments by split, of exploration and of exploitation: for each of those --eval-episodes."""
+    """Evaluation environments by split, the last one first: of exploration and, --eval-episodes for each, exploitation.
+
+    No train split where test holds the same tasks, nor for the oracle, which trains on test.
+    """
     made = {}
     for split in reversed(splits):
-        if split == "train" and (len(splits) > 1 or getattr(made.get("test"), "same_splits", False)):
+        if split == "train" and (args.oracle_context or getattr(made["test"][0], "same_splits", False)):
             break
         envs = make_args_envs(args, 1, split, device)
         count = len(eval_names(envs, args))
@@ -1155,16 +1163,17 @@ def draw_pictures(folder, eval_envs, encoder, explorer, args):
     if args.oracle_context or args.no_belief:
         return
     envs = eval_envs["test"][0]
-    names = eval_names(envs, args)[: envs.num_envs]
-    names = names + [names[-1]] * (envs.num_envs - len(names))
+    names = [*{name.split("#")[0]: name for name in reversed(eval_names(envs, args))}.values()][::-1]  # a task once
+    names = [names[i * len(names) // envs.num_envs] for i in range(envs.num_envs)]
     contexts, cosines = [], 0
     with torch.no_grad():
         for _ in range(8):  # meta-episodes of each task
             data = explore(envs, encoder, explorer, args, names)
             contexts.append(encoder.task_context(data["tokens"], data["valid"], data["gammas"]))
             cosines = cosines + similarity(data["gammas"], args.episodes_per_task) / 8
+    first = [names.index(name) for name in dict.fromkeys(names)]
     draw_contexts(folder / "contexts.png", torch.stack(contexts).cpu().numpy(), names)
-    draw_similarity(folder / "similarity.png", cosines.cpu().numpy(), names)
+    draw_similarity(folder / "similarity.png", cosines[first].cpu().numpy(), [names[i] for i in first])
 
 
 def capture_video(folder, eval_envs, encoder, explorer, agent, args):
@@ -1308,17 +1317,18 @@ def explores(args):
     return not (args.oracle_context or args.no_belief or args.explored)
 
 
-def memory_needed(args, encoder, heads, buffer_bytes, length):
+def memory_needed(args, buffer_bytes, token_dim):
     """Bytes of phase 1, roughly: of the weights (with Adam and the target), the buffer, and one update's batch."""
-    count = {name: sum(p.numel() for p in module.parameters()) for name, module in (("g", encoder), ("heads", heads))}
-    rows = 2 * args.belief_batch * args.meta_episodes * length  # masked and not
-    blocks = 2 if args.recompute else 2 * args.num_layers
-    kept = (10 * args.d_model + 2 * args.feed_forward) * (blocks + 2) * rows  # what a block leaves for its gradient
-    masks = (args.belief_batch * args.meta_episodes * 2) * length**2 * args.mask_pads
+    length, size = (args.horizon + 1) * args.episodes_per_task, args.d_model
+    block = 4 * size**2 + 2 * size * args.feed_forward
+    encoder = (2 * args.num_layers + 2) * block + 2 * token_dim * size
+    heads = (args.meta_episodes + 1) * length * size * 128  # the first matrices of h_t-rec: the rest is small
+    sequences = 2 * args.belief_batch * args.meta_episodes  # masked and not
+    kept = 2 if args.recompute else 2 * args.num_layers  # blocks whose activations wait for the backward pass
+    floats = sequences * length * ((kept + 2) * (14 * size + 2 * args.feed_forward) + 2 * args.num_layers * size)
+    masks = 3 * sequences * length**2  # of f_u, as booleans and as numbers
     return dict(
-        weights=4 * (4 * count["g"] + 5 * count["heads"]),
-        buffer=buffer_bytes,
-        batch=kept * (2 if args.cuda else 4) + masks,
+        weights=4 * (4 * encoder + 5 * heads), buffer=buffer_bytes, batch=floats * (2 if args.cuda else 4) + masks
     )
 
 
@@ -1420,7 +1430,7 @@ def main(args):
         raise BadInput("laser.py runs in one process: z is a code of all tasks of a batch")
     check_args(args)
     device = torch.device("cuda") if args.cuda else torch.device("cpu")
-    state = load_checkpoint(args.resume or args.evaluate, device) if args.resume or args.evaluate else None
+    state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else None  # on the CPU
     name = f"{args.env_id.replace(':', '.')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir or f"runs/{name}")
     split = "test" if args.oracle_context else "train"
@@ -1436,6 +1446,8 @@ def main(args):
         check_args(args)
         if not hasattr(envs, "repeat"):
             raise BadInput(f"laser.py needs environments with `repeat`, and those of {args.env_id} have none")
+        if hasattr(envs, "sessions"):
+            raise BadInput(f"laser.py: a context is of one task, and {args.env_id} has sessions")
         exploit_envs = make_args_envs(args, args.num_envs * args.exploit_episodes, split, device, episodes_per_task=1)
         exploit_envs.repeat = args.exploit_episodes
         made.append(exploit_envs)
@@ -1465,16 +1477,25 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
         context_dim = named.shape[1] if args.oracle_context else 1
     encoder, explorer = Encoder(args, S + A + 1).to(device), explore_agent(args, S, space).to(device)
     agent = task_agent(args, S, space, context_dim).to(device)
-    heads = Heads(args, S + A + 1, length).to(device) if explores(args) else nn.Identity()
-    target = deepcopy(heads.task_rec).requires_grad_(False) if explores(args) else nn.Identity()
+    phase_1 = args.explore_iterations * explores(args)  # iterations
+    exploring = (state["iteration"] if state else 0) < phase_1 and not args.evaluate
+    buffer = Buffer(min(args.buffer_size, phase_1 * args.num_envs), envs)
+    heads, target = nn.Identity(), nn.Identity()  # those of phase 1 are not needed any more
+    disk = 0  # bytes
+    if exploring:
+        row = buffer.pack(torch.zeros(1, length, S + A + 1, device=device), torch.ones(1, length, device=device) > 0)
+        needed = memory_needed(args, buffer.size * args.meta_episodes * sum(x.nbytes for x in row.values()), S + A + 1)
+        check_memory(needed, free_memory(device))
+        disk = needed["buffer"] + needed["weights"]
+        heads = Heads(args, S + A + 1, length).to(device)
+        target = deepcopy(heads.task_rec).requires_grad_(False)
     learned = [*encoder.parameters(), *heads.parameters()]
     belief_optimizer = torch.optim.Adam(learned, lr=args.belief_learning_rate, fused=True)
     explore_optimizer = torch.optim.Adam(explorer.parameters(), lr=args.explore_learning_rate, eps=1e-8, fused=True)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
-    phase_1 = args.explore_iterations * explores(args)  # iterations
-    buffer = Buffer(min(args.buffer_size, phase_1 * args.num_envs), envs, agent.discrete)
     modules = encoder, heads, target, explorer, agent, belief_optimizer, explore_optimizer, optimizer
     parts = dict(zip(PARTS, modules))
+    del heads, target, belief_optimizer, modules, learned
     own = dict(buffer=buffer, envs=envs, exploit_envs=exploit_envs) | (dict(many_envs=many_envs) if many_envs else {})
     if args.compile:
         for transformer in (encoder.f_u, encoder.f_b):
@@ -1493,8 +1514,8 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
         return
 
     iteration, global_step, offset = 0, 0, 0
-    if args.explored:
-        explored = load_checkpoint(args.explored, device)
+    if args.explored and not state:
+        explored = load_checkpoint(args.explored)
         if not explores(argparse.Namespace(**explored["args"])):
             raise BadInput(f"--explored {args.explored}: that run has no phase 1 of its own")
         if explored["iteration"] < explored["args"]["explore_iterations"]:
@@ -1529,11 +1550,6 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
     saved = folder / "checkpoint.pt"
     if saved.exists() and not (args.resume and folder.samefile(Path(args.resume).parent)):
         raise BadInput(f"{folder} holds a run already: --resume {saved}, or choose another --run-dir")
-    buffer_bytes = 0
-    if iteration < phase_1:
-        row = buffer.pack(torch.zeros(1, length, S + A + 1, device=device), torch.ones(1, length, device=device) > 0)
-        buffer_bytes = buffer.size * args.meta_episodes * sum(x.nbytes for x in row.values())
-        check_memory(memory_needed(args, encoder, heads, buffer_bytes, length), free_memory(device))
     versions = {package: version(package) for package in ("torch", "mujoco", "metaworld", "gymnasium", "numpy")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1541,7 +1557,7 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
         (folder / "config.json").write_text(config)
     except OSError as error:
         raise BadInput(f"cannot write to the run's folder: {error}") from error
-    missing = missing_space(folder, buffer_bytes)
+    missing = missing_space(folder, disk)
     if missing > 0:
         raise BadInput(
             f"{folder} lacks {missing / 1e6:,.0f} MB for its checkpoints: free some, choose another "
@@ -1563,6 +1579,8 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
             exploring = iteration <= phase_1
             left = 1 - (iteration - 1 - phase_1) / max(1, args.task_iterations)
             optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
+            explore_optimizer.param_groups[0]["lr"] = args.explore_learning_rate
+            parts["belief_optimizer"].param_groups[0]["lr"] = args.belief_learning_rate
             if exploring:
                 scalars, losses, steps = explore_iteration(parts, many_envs, buffer, iteration, args)
                 if iteration == phase_1:  # (Algorithm 1, line 7): z^, of five batches; from now on it is fixed
@@ -1571,7 +1589,10 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
                         batches = ([x.flatten(0, 1) for x in batch.values()] for batch in batches)
                         z = [encoder.shared(encoder.latents(*batch)[1]) for batch in batches]
                     encoder.z_hat.copy_(torch.stack(z).mean(0))
-                    buffer.__init__(buffer.size, envs, agent.discrete)  # its memory is free now
+                    # Nothing of phase 1 takes memory, or a checkpoint's place, in phase 2.
+                    buffer.clear()
+                    adam = torch.optim.Adam(encoder.parameters(), lr=args.belief_learning_rate, fused=True)
+                    parts |= dict(heads=nn.Identity(), target=nn.Identity(), belief_optimizer=adam)
             else:
                 scalars, losses, steps = task_iteration(parts, envs, exploit_envs, iteration, args)
             before, global_step = global_step, global_step + int(steps)
@@ -1594,7 +1615,7 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
                 results |= {word: scalars[f"charts/{k}"] for k, word in shown.items() if f"charts/{k}" in scalars}
                 progress.set_postfix({key: f"{value:.2f}" for key, value in results.items()})
             due = not exploring and args.eval_interval > 0 and (iteration - phase_1) % args.eval_interval == 0
-            if eval_envs and (due or iteration == iterations):
+            if eval_envs and not exploring and (due or iteration == iterations):
                 scalars, details = evaluate(eval_envs, encoder, explorer, agent, args)
                 with on_disk("evaluation", global_step):
                     metrics.write(scalars, global_step)
@@ -1630,13 +1651,11 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
 
 
 def check_sizes(path, state, args):
-    """BadInput where the sizes that z's head was built for differ from a checkpoint's."""
-    for name in ("meta_episodes", "episodes_per_task", "belief_batch"):
+    """BadInput where the encoder of a checkpoint was made for other sizes; z's head reads B, Q and K alone."""
+    for name in ENCODERS:
         if getattr(args, name) != state["args"][name]:
-            raise BadInput(
-                f"{flag(name)} {getattr(args, name)}: the z head of {path} reads {state['args']['belief_batch']} tasks "
-                f"of {state['args']['meta_episodes']} meta-episodes of {state['args']['episodes_per_task']} episodes"
-            )
+            what = "z head" if name in ("meta_episodes", "episodes_per_task", "belief_batch") else "encoder"
+            raise BadInput(f"{flag(name)} {getattr(args, name)}: the {what} of {path} is for {state['args'][name]}")
 
 
 def write_evaluation(folder, step, scalars, details):

@@ -51,6 +51,7 @@ import importlib
 import inspect
 import os
 import sys
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -222,12 +223,16 @@ class TensorEnvs:
     def draws(self, purpose, dim):
         """Random numbers in [0, 1) for the episode that begins, float64 (N, dim).
 
-        Row i depends on (seed, split, resets, i, episode), or on the task's name (and the split and the episode).
+        Row i depends on (seed, split, resets, i, episode, repeat), or on the task's name, how often it was named before
+        i, and the split and the episode.
         """
-        key = (self.seed, self.split, self.resets) if self.named is None else (0, self.split, 0)
-        size = self.num_envs if self.named is None else len(self.tasks)
-        u = generator(*key, self.elapsed // self.horizon, purpose).random((size, dim))
-        return u if self.named is None else u[[self.tasks.index(name) for name in self.named]]
+        key = self.elapsed // self.horizon, purpose
+        if self.named is None:
+            return generator(self.seed, self.split, self.resets, *key, self.repeat - 1).random((self.num_envs, dim))
+        rows, counts = [self.tasks.index(name) for name in self.named], Counter()
+        nth = [(counts.update([row]), counts[row] - 1)[1] for row in rows]
+        u = [generator(0, self.split, 0, *key, n).random((len(self.tasks), dim)) for n in range(max(nth) + 1)]
+        return np.stack([u[n][row] for n, row in zip(nth, rows)])
 
     def state_dict(self):
         return {"resets": self.resets}

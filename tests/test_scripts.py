@@ -554,6 +554,7 @@ EXCEPTIONS[laser] = {
     "YOUR_OWN": "its hyper-parameters",
     "SMALL": "its environments alone",
     "check_args": "its own arguments; one process",
+    "parse_args": "sizes of an explored run's encoder",
     "Agent": "features of Gamma_t or of the context (D.2); the layer that PFO holds",
     "Encoder": "transformers (3.4)",
     "ppo_update": "the meta-reward (14), PFO, idle steps left out",
@@ -573,7 +574,7 @@ LEFT_OUT = {  # what a script does without
     laser: {  # no belief model of variBAD's kind, and no presets but its own
         *("META_WORLD", "SMALL_ML", "LOCOMOTION", "SESSIONS", "is_blind", "Decoder", "MultiHeadDecoder", "BeliefModel"),
         *("kl_gaussians", "window", "reconstruction", "multihead_loss", "elbo", "real_posteriors", "average"),
-        *("draw_posteriors", "update_belief", "rollout"),
+        *("draw_posteriors", "update_belief", "rollout", "ranks", "leads", "share"),  # one process
     },
 }
 
