@@ -323,7 +323,8 @@ def test_episodes_differ():
     assert len(tasks[0].unique(dim=0)) == 1
     episodes = obs.view(4, 50, 3, 19)
     assert all(not torch.equal(episodes[i], episodes[j]) for i in range(4) for j in range(i))
-    assert torch.equal(obs[:, 0], obs[:, 2]) and not torch.equal(obs[:, 0], obs[:, 1])
+    assert all(not torch.equal(obs[:, i], obs[:, j]) for i in range(3) for j in range(i))  # named twice: other draws
+    assert torch.equal(obs[:, 1], play(3, split="test", tasks=names[1:] + names[1:2], resets=1)[1][:, 0])
     assert torch.equal(obs, play(3, seed=9, split="test", tasks=names, resets=1)[1])  # with every seed
 
 
