@@ -236,32 +236,21 @@ def bench_scripts(seconds):
     jobs = [*itertools.product(("varibad.py", "dme.py"), ("GridWorld", "SparsePointRobot", "ML10"))]
     jobs += [("ldm.py", "GridWorldLDM"), ("ldm.py", "HalfCheetahVel")]
     jobs += [("dynamite_rl.py", "GridWorldAlternating"), ("dynamite_rl.py", "HalfCheetahVelSessions")]
-    for script, env_id in jobs:
+    jobs += [("laser.py", "MEWA", "--oracle-context")]
+    for script, env_id, *words in jobs:
         steps = 60_000 if env_id == "ML10" else round(seconds / 6 * 10_000)  # of ML10, five iterations
         with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                script,
-                "--env-id",
-                env_id,
-                "--total-timesteps",
-                str(steps),
-                "--eval-interval",
-                "-1",
-            ]
-            subprocess.run([*command, "--run-dir", folder], check=True, capture_output=True)
+            command = [sys.executable, script, "--env-id", env_id, *words, "--total-timesteps", str(steps)]
+            subprocess.run([*command, "--eval-interval", "-1", "--run-dir", folder], check=True, capture_output=True)
+            rows = defaultdict(list)
             with open(f"{folder}/metrics.csv") as file:
-                rows = [
-                    (key, float(value)) for _, key, value in csv.reader(file) if key.startswith(("charts/SPS", "time/"))
-                ]
-        rate = [value for key, value in rows if key == "charts/SPS"][-1]
-        share = {
-            k: statistics.median(v for key, v in rows if key == f"time/{k}")
-            for k in ("env", "rollout", "belief", "ppo")
-        }
-        text = ", ".join(f"{name} {value:.0%}" for name, value in share.items())
+                for _, key, value in list(csv.reader(file))[1:]:
+                    rows[key].append(float(value))
+        share = [(k, rows[f"time/{k}"]) for k in ("env", "rollout", "belief", "ppo") if f"time/{k}" in rows]
+        text = ", ".join(f"{name} {statistics.median(values):.0%}" for name, values in share)
         print(
-            f"{script} --env-id {env_id}: {rate:,.0f} steps/s; {text} (environments are part of the rollout)",
+            f"{' '.join((script, '--env-id', env_id, *words))}: {rows['charts/SPS'][-1]:,.0f} steps/s; {text} "
+            "(environments are part of the rollout)",
             flush=True,
         )
 
