@@ -380,14 +380,24 @@ def show(mean, low, high):
     return f"{mean:.4g}" if np.isnan(low) else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
 
 
-def compare(folders, key, out):
+def moving_average(values, window):
+    """The mean of each value and the window - 1 before it, or as many as there are: (N,) -> (N,)."""
+    return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))])
+
+
+def compare(folders, key, out, smooth=1):
     """learning_curves.png and adaptation.png in the folder `out`; returns the table, lines of Markdown.
 
-    Its values, and the adaptation's, are those at the last step that all runs of a group have reached. Raises BadInput.
+    Its values, and the adaptation's, are those at the last step that all runs of a group have reached; each is the mean
+    of a run's last `smooth` rows. Raises BadInput.
     """
     if not folders:
         raise BadInput("which runs? name at least one run's folder")
     runs = [read_run(folder) for folder in folders]
+    if smooth < 1:
+        raise BadInput(f"--smooth must be at least 1, not {smooth}")
+    for run in runs if smooth > 1 else ():
+        run.metrics = {name: np.stack([x, moving_average(y, smooth)]) for name, (x, y) in run.metrics.items()}
     keys = sorted({name for run in runs for name in run.metrics})
     if key not in keys:
         near = ", ".join(difflib.get_close_matches(key, keys, n=5, cutoff=0)) or "none at all"
@@ -464,13 +474,14 @@ def main(argv=None):
     parser.add_argument("runs", nargs="*", help="folders of runs")
     parser.add_argument("--key", default="eval/test/return", help="a key of their metrics.csv (%(default)s)")
     parser.add_argument("--out", default=".", help="folder for the pictures (%(default)s)")
+    parser.add_argument("--smooth", type=int, default=1, help="moving average over so many rows (%(default)s)")
     parser.add_argument("--boxes", metavar="ARGUMENT", help="boxes.png, too: evaluation returns over this argument")
     args = parser.parse_args(argv)
     try:
         if args.boxes:
             Path(args.out).mkdir(parents=True, exist_ok=True)
             draw_boxes(Path(args.out, "boxes.png"), args.runs, args.boxes.replace("-", "_"))
-        print(*compare(args.runs, args.key, args.out), sep="\n")
+        print(*compare(args.runs, args.key, args.out, args.smooth), sep="\n")
     except (BadInput, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)
         sys.exit(2)

@@ -117,6 +117,15 @@ def test_runs_with_other_steps_are_interpolated_where_all_have_values(tmp_path):
     np.testing.assert_allclose(found[:, 1], [1, 3, 7])  # by hand
 
 
+def test_smooth(tmp_path, capsys, drawn):
+    """--smooth 3: each value is the mean of the last three rows, of the first ones as many as there are."""
+    folder = write_run(tmp_path / "run", curve([1.0, 5.0, 3.0, 4.0, -7.0], range(0, 50, 10)))
+    command(capsys, folder, "--smooth", 3, "--key", KEY, "--out", tmp_path)
+    (x, (y, *_)), *_ = drawn["learning_curves.png"][0].values()
+    assert x.tolist() == [0, 10, 20, 30, 40] and y.tolist() == pytest.approx([1, 3, 3, 4, 0])
+    assert command(capsys, folder, "--smooth", 0)[0] == 2
+
+
 def test_long_runs_have_so_many_points(tmp_path):
     folder = write_run(tmp_path / "run", curve(range(1000), range(10, 5010, 5)))
     run = plot.read_run(folder)
