@@ -160,7 +160,7 @@ def check_tasks(envs, names):
 
 
 def generator(seed, split, *key):
-    """A generator for what `key`, integers, names. Keys that differ by zeros at their end alone are the same."""
+    """A generator for what `key`, integers, names. Zeros at the end of a key of up to two do not count."""
     return np.random.default_rng((seed, ALL_SPLITS.index(split), *key))
 
 
@@ -228,10 +228,12 @@ class TensorEnvs:
         """
         key = self.elapsed // self.horizon, purpose
         if self.named is None:
-            return generator(self.seed, self.split, self.resets, *key, self.repeat - 1).random((self.num_envs, dim))
+            shared = [self.repeat] * (self.repeat > 1)
+            return generator(self.seed, self.split, self.resets, *key, *shared).random((self.num_envs, dim))
         rows, counts = [self.tasks.index(name) for name in self.named], Counter()
         nth = [(counts.update([row]), counts[row] - 1)[1] for row in rows]
-        u = [generator(0, self.split, 0, *key, n).random((len(self.tasks), dim)) for n in range(max(nth) + 1)]
+        keys = [key, *[(*key, n) for n in range(1, max(nth) + 1)]]
+        u = [generator(0, self.split, 0, *k).random((len(self.tasks), dim)) for k in keys]
         return np.stack([u[n][row] for n, row in zip(nth, rows)])
 
     def state_dict(self):
