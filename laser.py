@@ -1600,6 +1600,7 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
                 iterations = iteration
 
             progress.update()
+            progress.set_description("phase 1" if exploring else "phase 2", refresh=False)
             if exploring and iteration == first_iteration + 5:
                 seconds = (time.time() - started) / 5 * (phase_1 - iteration)
                 tqdm.write(f"phase 1 will take another {seconds / 3600:.1f} h, as its first iterations go")
@@ -1610,7 +1611,6 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
                 scalars |= {"charts/iteration": iteration, "charts/phase": 1 if exploring else 2}
                 with on_disk("metrics", global_step):
                     metrics.write(scalars, global_step)
-                results |= {"phase": 1} if exploring else {"phase": 2}
                 shown = dict(exploration_return="explored", episodic_return="return", success_rate="success")
                 results |= {word: scalars[f"charts/{k}"] for k, word in shown.items() if f"charts/{k}" in scalars}
                 progress.set_postfix({key: f"{value:.2f}" for key, value in results.items()})
