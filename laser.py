@@ -1171,6 +1171,7 @@ def draw_pictures(folder, eval_envs, encoder, explorer, args):
             data = explore(envs, encoder, explorer, args, names)
             contexts.append(encoder.task_context(data["tokens"], data["valid"], data["gammas"]))
             cosines = cosines + similarity(data["gammas"], args.episodes_per_task) / 8
+    names = [name.split("#")[0] for name in names]
     first = [names.index(name) for name in dict.fromkeys(names)]
     draw_contexts(folder / "contexts.png", torch.stack(contexts).cpu().numpy(), names)
     draw_similarity(folder / "similarity.png", cosines[first].cpu().numpy(), [names[i] for i in first])

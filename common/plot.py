@@ -223,7 +223,7 @@ def draw_contexts(file, contexts, names):
     figure.suptitle("contexts of exploration meta-episodes")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles[:40], labels[:40], loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches="tight")  # tight: the legend may be wider
     plt.close(figure)
 
 
