@@ -54,7 +54,7 @@ class Locomotion(TensorEnvs):
         reward(q, new_q, a, task)    positions before and after, clipped actions, tasks (n, G) -> (n,)
         healthy(q, v)    bool (n,), whether the episode goes on; None: always to its end
         healthy_reward   of each step after which it does
-        models(rows)     the model that all share, or a list with one for each of `rows`, bool (N,)
+        models(rows)     a list, the model of each of `rows`, bool (N,); here the one that all share
         frame_skip       MuJoCo's steps in one of ours
 
     split_rule: varibad or ldm. num_threads: None means one a core; results do not depend on it.
@@ -97,7 +97,7 @@ class Locomotion(TensorEnvs):
         self.time, self.q, self.v = np.split(self.state, [1, 1 + self.model.nq], axis=1)  # views
 
     def models(self, rows):
-        return self.model
+        return [self.model] * np.count_nonzero(rows)
 
     def goals(self, u):
         table = self.task_table.to(u.device)
@@ -137,8 +137,11 @@ class Locomotion(TensorEnvs):
         if alive.any():
             a = action.detach().clamp(-1, 1).double().cpu().numpy()[alive]
             q, goal = self.q[alive], self.goal[alive]
-            inputs = self.models(alive), self.scratch, self.state[alive], self.control(a, goal)[:, None]
-            states, _ = self.pool.rollout(*inputs, control_spec=self.control_spec, nstep=self.frame_skip)
+            controls = np.repeat(self.control(a, goal)[:, None], self.frame_skip, 1)
+            states = np.empty((len(a), self.frame_skip, self.state.shape[1]))
+            inputs = self.models(alive), self.scratch, self.state[alive], controls
+            how = dict(control_spec=self.control_spec, nstep=self.frame_skip, skip_checks=True)  # they cost a tenth
+            self.pool.rollout(*inputs, state=states, chunk_size=math.ceil(len(a) / len(self.scratch)), **how)
             self.state[alive] = states[:, -1]
             reward[alive] = self.reward(q, self.q[alive], a, goal)
         info = {"final_obs": self.tensor(self.observe(self.q, self.v))}
