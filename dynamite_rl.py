@@ -15,7 +15,7 @@ In the belief's loss the columns are sessions: J of them in a batch, L steps in 
     python dynamite_rl.py --no-consistency                  # and --no-conditioning, --no-session-reconstruction
     python dynamite_rl.py --resume runs/.../checkpoint.pt
     python dynamite_rl.py --evaluate runs/.../checkpoint.pt
-    python dynamite_rl.py --evaluate runs/.../checkpoint.pt --episodes-per-task 5       # Figure 6
+    python dynamite_rl.py --evaluate runs/.../checkpoint.pt --episodes-per-task 5 --run-dir five    # Figure 6
     python -m common.plot runs/* --boxes sessions                                       # Figure 8
 
 Equation (of the paper)                                          function
@@ -57,7 +57,7 @@ from tqdm import tqdm
 
 from common.envs import SPLITS, BadInput, make_envs
 from common.gru import GRU
-from common.plot import draw_sessions
+from common.plot import draw_lines, draw_sessions
 from common.workers import WorkerError
 
 SCRIPT = Path(__file__).stem
@@ -140,8 +140,8 @@ class Args:
     hidden_dim: int = 64  # units of the encoder's GRU (D) (ours; the paper does not say)
     latent_dim: int = 5  # dimension of the latent (Z)
     tbptt: int = 0  # steps of a window of truncated back-propagation through time; 0 = whole meta-episode
-    elbo_terms: int = 0  # posteriors drawn per session; 0 = all
-    decode_terms: int = 0  # transitions drawn per session; 0 = all
+    elbo_terms: int = 0  # posteriors drawn per session, as long as the batch's longest; 0 = all
+    decode_terms: int = 0  # transitions drawn per session, likewise; those behind a session's end do not count; 0 = all
     decode_window: Literal["all", "future"] = "all"  # transitions of its session that m_t decodes: all [paper], to come
     # The squared error of the reward of (m, s, a, s') or of (m, s'), or one Bernoulli per grid cell (multihead). The
     # paper's decoder has no s'; the grid's rewards depend on it (ours).
@@ -151,16 +151,17 @@ class Args:
     reward_coef: float = 1.0  # weight of the reward's reconstruction
     state_coef: float = 0.0  # weight of the state's reconstruction; 0 = no state decoder
     # Weight of the KL, the paper's lambda (ours: its (7) has lambda before the whole ELBO, where Adam would ignore it).
-    # Every term of the ELBO is a mean here (over sessions, beliefs, transitions), where the paper sums over a session's
-    # L transitions: so lambda / L, and likewise the next two.
-    kl_coef: float = 0.01 / 15
+    # The ELBO's terms are sums, as the paper's, over the number of pairs of a belief and a transition that it decodes.
+    kl_coef: float = 0.01
     standardise_inputs: bool = True  # standardise the inputs of encoder and decoders (ours); the grid's default is raw
 
     # DynaMITE-RL
-    consistency_coef: float = 0.5 / 15  # weight of the consistency loss (4): the paper's beta / L
-    termination_coef: float = 1 / 16  # weight of the loss of session ends: 1 / (L + 1), as a session has L + 1 beliefs
+    consistency_coef: float = 0.5  # weight of the consistency loss (4), the paper's beta
+    termination_coef: float = 1.0  # weight of the loss of session ends (ours)
     no_consistency: bool = False  # ablation [paper, Figure 7]
-    no_conditioning: bool = False  # ablation: no previous belief to the encoder, and N(0, I) as every session's prior
+    # Ablation: no previous belief to the encoder, and N(0, I) as every session's prior; at a session's first step the
+    # policy sees the last belief of the one before, as variBAD's, unless --boundary-belief initial.
+    no_conditioning: bool = False
     no_session_reconstruction: bool = False  # ablation: every belief decodes the whole meta-episode, as variBAD's
     oracle_terminations: bool = False  # the rollout's session ends are the true ones [paper's oracle]
     # KL of each belief to its session's prior (session); that of each session's last belief alone (final-only, the
@@ -185,12 +186,11 @@ class Args:
     logvar_min: float = -8.0  # lower bound of the beliefs' log-variance (ours)
 
 
-# Table 2; what it leaves open is marked (ours) above. It counts the episode's steps, where sessions have 15, 100 or 50.
+# Table 2; what it leaves open is marked (ours) above.
 SESSIONS = dict(
     total_timesteps=100_000_000, num_envs=2048, horizon=400, eval_interval=10, checkpoint_interval=10, ent_coef=0.05,
     ent_coef_end=0.05, action_embed=32, state_embed=32, reward_embed=32, condition_embed=32, hidden_dim=128,
-    latent_dim=16, elbo_terms=13, decode_terms=50, kl_coef=0.01 / 100, consistency_coef=0.5 / 100,
-    termination_coef=1 / 101,
+    latent_dim=16, elbo_terms=13, decode_terms=50,
 )  # fmt: skip
 PRESETS = {
     "GridWorldAlternating": dict(standardise_inputs=False),
@@ -201,7 +201,6 @@ PRESETS = {
     "HalfCheetahWindVelSessions": SESSIONS | dict(state_coef=17.0),  # theirs is the sum over 17 numbers, ours the mean
     "ScratchItch": SESSIONS | dict(
         num_envs=32, horizon=200, ent_coef=0.1, ent_coef_end=0.1, eval_interval=100, checkpoint_interval=100,
-        kl_coef=0.01 / 50, consistency_coef=0.5 / 50, termination_coef=1 / 51,
     ),
     "SparsePointRobot": SESSIONS | dict(num_envs=16, horizon=100, episodes_per_task=3),
     "HopperMass": SESSIONS | dict(
@@ -665,9 +664,8 @@ class BeliefModel(nn.Module):
         start = 0
         for t in (t for t, edge in enumerate(edges) if edge):
             conditions[start : t + 1] = condition
-            hidden = self.encoder.gru(self.encoder.mix(x[start : t + 1], conditions[start : t + 1]), hidden[None])[0][
-                -1
-            ]
+            mixed = self.encoder.mix(x[start : t + 1], conditions[start : t + 1])
+            hidden = self.encoder.gru(mixed, hidden[None])[1][0]
             if choice != "gt":
                 ends[t] = torch.where(guessed, self.terminates(hidden), ends[t])
             _, condition, hidden = self.next_session(ends[t], self.belief(hidden), condition, hidden)
@@ -815,7 +813,7 @@ def termination_loss(logits, ended, rate, args):
 
 
 def elbo(model, batch, args):
-    """The negative of (6), its terms means over sessions, beliefs of each and the transitions that each decodes.
+    """The negative of (6), over the number of pairs of a belief and a transition that it decodes.
 
     (5) is variBAD's ELBO with sessions in place of meta-episodes, and p(m' | m) in place of N(0, I). (The paper adds
     (4) to what it maximises; as a penalty it has to be subtracted.)
@@ -836,9 +834,11 @@ def elbo(model, batch, args):
     ended = batch["session_end"][rows, column]
     termination = termination_loss(found["logits"], ended, model.end_rate, args)
     # A meta-episode's last transition ends a session by definition: there is nothing to predict.
-    termination = average(termination, alive & (rows < len(batch["rewards"]) - 1))
-    learnt = average(to_prior[1:].detach(), alive & (first > 0))
-    kl, rise = average(kl, real), average(rise, real)
+    known = alive & (rows < len(batch["rewards"]) - 1)
+    decodable = batch["alive"].sum(0)[column] if args.no_session_reconstruction else alive.sum(0)
+    pairs = all_sum((real.sum(0) * decodable).sum()).clamp(min=1)
+    per_belief, per_transition = all_sum(real.sum()) / pairs, all_sum(known.sum()) / pairs
+    kl, rise, termination = average(kl, real), average(rise, real), average(termination, known)
 
     t, (mean, logvar, drawn) = draw_posteriors(args, mean, logvar, real)
     m = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
@@ -847,12 +847,14 @@ def elbo(model, batch, args):
     else:
         decoded = {name: x[rows, column] for name, x in batch.items()} | dict(alive=alive)
     reward_loss, state_loss = reconstruction(model, m, t, drawn, decoded, args)
-    loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl
-    loss = loss + args.termination_coef * termination
+    loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl * per_belief
+    loss = loss + args.termination_coef * termination * per_transition
     if not args.no_consistency:
-        loss = loss + args.consistency_coef * rise
+        loss = loss + args.consistency_coef * rise * per_belief
     terms = dict(loss=loss, reward=reward_loss, state=state_loss, kl=kl, consistency=rise, termination=termination)
-    return loss, terms | dict(kl_to_learnt_prior=learnt)
+    if model.prior:
+        terms["kl_to_learnt_prior"] = average(to_prior[1:].detach(), alive & (first > 0))
+    return loss, terms
 
 
 def real_posteriors(alive):
@@ -1072,7 +1074,7 @@ def true_context(info, data):
 
 def session_sums(data, columns=slice(None)):
     """Sums over the transitions of some of a rollout's environments, of which `session_rates` makes rates: a vector."""
-    ends, rewards = (data[name][:, columns] for name in ("session_end", "rewards"))
+    ends, rewards = (data[name][:, columns] for name in ("session_end", "raw_rewards"))
     number = (ends.cumsum(0) - ends.int()).clamp(max=SESSIONS_SHOWN)  # of each transition's session, from 0
     sums = torch.zeros(2, SESSIONS_SHOWN + 1, device=rewards.device)
     for row, values in zip(sums, (rewards, ends.float())):
@@ -1170,7 +1172,13 @@ def make_args_envs(args, num_envs, split, device):
 
 def draw_pictures(folder, eval_envs, details, agent, model, args):
     """Three tasks: the reward that the belief expects of each step, or at the alternating grid's two goals (Figure 2),
-    the true context, true and predicted session ends."""
+    the true context, true and predicted session ends. Returns over the episodes of a task (Figure 6), if it has some."""
+    returns = np.array([task["return"] for task in details["test"].values()])  # (tasks, K)
+    if args.episodes_per_task > 1:
+        mean, half = returns.mean(0), 1.96 * returns.std(0) / len(returns) ** 0.5
+        line = np.arange(1, args.episodes_per_task + 1), np.stack([mean, mean - half, mean + half])
+        band = f"mean and its 95 % interval over {len(returns)} tasks"
+        draw_lines(Path(folder) / "episodes.png", {SCRIPT: line}, "episode of a task", "eval/test: return", band)
     if args.no_belief or args.oracle_context:
         return
     envs = eval_envs["test"]
@@ -1376,6 +1384,7 @@ def main(args):
                     f"{flag(name)} {getattr(args, name)}: {args.env_id} has {getattr(envs, name)} of its own"
                 )
             setattr(args, name, getattr(envs, name))
+        args.sessions, args.session_process = getattr(envs, "sessions", 0), getattr(envs, "session_process", "")
         check_args(args)
         if leads() and (args.evaluate or args.eval_interval >= 0):
             eval_envs = make_eval_envs(args, device, getattr(envs, "splits", SPLITS))

@@ -1444,6 +1444,7 @@ def main(args):
                     f"{flag(name)} {getattr(args, name)}: {args.env_id} has {getattr(envs, name)} of its own"
                 )
             setattr(args, name, getattr(envs, name))
+        args.sessions, args.session_process = getattr(envs, "sessions", 0), getattr(envs, "session_process", "")
         check_args(args)
         if not hasattr(envs, "repeat"):
             raise BadInput(f"laser.py needs environments with `repeat`, and those of {args.env_id} have none")

@@ -1192,6 +1192,7 @@ def main(args):
                     f"{flag(name)} {getattr(args, name)}: {args.env_id} has {getattr(envs, name)} of its own"
                 )
             setattr(args, name, getattr(envs, name))
+        args.sessions, args.session_process = getattr(envs, "sessions", 0), getattr(envs, "session_process", "")
         check_args(args)
         if leads() and (args.evaluate or args.eval_interval >= 0):
             eval_envs = make_eval_envs(args, device, getattr(envs, "splits", SPLITS))

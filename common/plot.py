@@ -295,23 +295,29 @@ def read_run(folder):
     return SimpleNamespace(folder=folder, config=config, metrics=metrics)
 
 
-def group_runs(runs):
-    """Label -> its runs: of one script and one environment, with the same arguments (NO_SETTING aside).
+def label_runs(runs, but=()):
+    """Label -> its runs: of one script and one environment, with the same arguments (NO_SETTING and `but` aside).
 
     A label names the arguments that differ among the runs of its script and environment; one that an older run does not
-    know yet counts as off. Raises BadInput when a group has a seed twice: it would count as two.
+    know yet counts as off.
     """
     groups = {}
     for run in runs:
         words = [run.config["script"], run.config["env_id"]]
         peers = [peer.config for peer in runs if [peer.config["script"], peer.config["env_id"]] == words]
-        for name in dict.fromkeys(name for config in peers for name in config if name not in NO_SETTING):
+        for name in dict.fromkeys(name for config in peers for name in config if name not in {*NO_SETTING, *but}):
             value = run.config.get(name, False)
             if value is not False and any(config.get(name, False) != value for config in peers):
                 values = [] if value is True else value if isinstance(value, list) else [value]
                 words += ["--" + name.replace("_", "-")]
                 words += [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
         groups.setdefault(" ".join(words), []).append(run)
+    return groups
+
+
+def group_runs(runs):
+    """The groups of `label_runs`. Raises BadInput when one has a seed twice: it would count as two."""
+    groups = label_runs(runs)
     for label, members in groups.items():
         if len({run.config["seed"] for run in members}) < len(members):
             names = ", ".join(f"{run.folder} (seed {run.config['seed']})" for run in members)
@@ -357,7 +363,7 @@ def interquartile_mean(values):
     return np.stack([mean(values, 0), low, high])
 
 
-def draw_lines(file, lines, xlabel, ylabel):
+def draw_lines(file, lines, xlabel, ylabel, band="interquartile mean and its 95 % bootstrap interval over seeds"):
     """One PNG. lines: label -> (x (N), array (3, N) of heights and the ends of their bands, nan for none)."""
     figure, axis = plt.subplots(figsize=(7, 4.4 + 0.2 * len(lines)), layout="constrained")
     for i, (label, (x, (y, low, high))) in enumerate(lines.items()):
@@ -370,7 +376,7 @@ def draw_lines(file, lines, xlabel, ylabel):
         axis.set_ylim(-0.03, 1.03)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", title="interquartile mean and its 95 % bootstrap interval over seeds")
+    figure.legend(loc="outside lower center", title=band)
     figure.savefig(file, dpi=110, bbox_inches="tight")  # tight: a long label widens the picture
     plt.close(figure)
 
@@ -439,19 +445,20 @@ def compare(folders, key, out, smooth=1):
 
 def draw_boxes(file, folders, name):
     """One PNG (Figure 8 of DynaMITE-RL): over the argument `name` of the runs, boxes of their last evaluation's returns
-    of the test tasks, a colour for each script and environment; runs that differ in nothing but seeds share a box.
+    of the test tasks, a colour for each script, environment and all other arguments; runs that differ in nothing but
+    seeds share a box.
 
     Raises BadInput for a run without an evaluation, or without that argument.
     """
     boxes = {}
-    for run in map(read_run, folders):
-        if name not in run.config or not Path(run.folder, "eval.json").is_file():
-            lack = f"argument {name}" if name not in run.config else "eval.json"
-            raise BadInput(f"{run.folder} has no {lack}")
-        tasks = json.loads(Path(run.folder, "eval.json").read_text())["tasks"]["test"]
-        label = f"{run.config['script']} {run.config['env_id']}"
-        box = boxes.setdefault(label, {}).setdefault(run.config[name], [])
-        box.extend(task["return"][-1] for task in tasks.values())
+    for label, runs in label_runs([*map(read_run, folders)], but=[name]).items():
+        for run in runs:
+            if name not in run.config or not Path(run.folder, "eval.json").is_file():
+                lack = f"argument {name}" if name not in run.config else "eval.json"
+                raise BadInput(f"{run.folder} has no {lack}")
+            tasks = json.loads(Path(run.folder, "eval.json").read_text())["tasks"]["test"]
+            box = boxes.setdefault(label, {}).setdefault(run.config[name], [])
+            box.extend(task["return"][-1] for task in tasks.values())
     values = sorted({value for box in boxes.values() for value in box})
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     width = 0.8 / len(boxes)

@@ -79,7 +79,7 @@ def loop(s, batch, ends):
     model, args, encoder = s.model, s.args, s.model.encoder
     T, B = batch["rewards"].shape
     zero, unit = torch.zeros(args.hidden_dim), Normal(torch.zeros(3), torch.ones(3))
-    sums = dict(reward=0, kl=0, consistency=0, termination=0, pairs=0, beliefs=0, known=0)
+    sums = dict(reward=0, kl=0, consistency=0, termination=0, pairs=0, in_session=0, beliefs=0, known=0)
 
     def heads(hidden):
         mean, logvar = model.heads(hidden).split(3, -1)
@@ -141,8 +141,11 @@ def loop(s, batch, ends):
             elif args.kl == "session" or (q is last[k] and q is not beliefs[0][1]):
                 sums["kl"] += kl(q, priors[k])
             m = q.mean + q.stddev  # the noise is 1
-            for i in range(start if args.decode_window == "future" else 0, T):
-                if alive[i] and (args.no_session_reconstruction or number[i] == k):
+            for i in range(T):
+                if not alive[i] or (number[i] != k and not args.no_session_reconstruction):
+                    continue
+                sums["in_session"] += 1
+                if args.decode_window == "all" or i >= start:
                     y = [model.reward_decoder.embed_state(v[i]) for v in (obs, next_obs)]
                     y = torch.cat([*y, model.reward_decoder.embed_action(F.one_hot(action[i], 5).float())]).relu()
                     sums["reward"] += (model.reward_decoder.net(torch.cat([m, y]))[0] - reward[i]) ** 2
@@ -173,7 +176,7 @@ CASES = [
 @pytest.mark.parametrize("changes", CASES, ids=lambda changes: " ".join(changes) or "default")
 def test_elbo_equals_a_loop(changes, monkeypatch):
     """Value, terms and gradients, over sessions of uneven length, some steps of them idle."""
-    s = setup(**changes, kl_coef=0.1, consistency_coef=0.3, termination_coef=0.2)
+    s = setup(**changes, kl_coef=0.5, consistency_coef=1.5, termination_coef=1.0)
     shake(s)
     batch = stored(s)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
@@ -189,8 +192,8 @@ def test_elbo_equals_a_loop(changes, monkeypatch):
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, atol=1e-5, rtol=1e-4)
         assert value > 1e-3, name
-    total = expected["reward"] + 0.1 * expected["kl"] + 0.2 * expected["termination"]
-    total = total + 0.3 * expected["consistency"] * (not s.args.no_consistency)
+    total = 0.5 * sums["kl"] + 1.5 * sums["consistency"] * (not s.args.no_consistency) + sums["termination"]
+    total = expected["reward"] + total / sums["in_session"]
     torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-4)
     ours, theirs = gradients(loss, s.model), gradients(total, s.model)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
@@ -199,8 +202,10 @@ def test_elbo_equals_a_loop(changes, monkeypatch):
 
 def test_all_off_is_varibad(monkeypatch):
     """Without the three changes, the sequential KL and variBAD's inputs: its loss, its terms and its gradients."""
-    s, theirs = setup(**VARIBAD, kl_coef=0.1), setup(script=varibad, kl_coef=0.1)
+    s, theirs = setup(**VARIBAD, kl_coef=1.2), setup(script=varibad)
     batch = stored(s)
+    steps = batch["alive"].sum(0)
+    theirs.args.kl_coef = 1.2 * ((steps + 1).sum() / ((steps + 1) * steps).sum()).item()  # theirs is a mean
     missing, unexpected = s.model.load_state_dict(theirs.model.state_dict(), strict=False)
     assert not unexpected and {name.split(".")[0] for name in missing} == {"termination"}
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
@@ -233,31 +238,36 @@ def test_all_off_acts_as_varibad():
 
 
 def test_worked_vector():
-    """Two sessions of three beliefs with deviation 1: D = 2, 4.5, 0 and 1.125, 0.5, 0, so the sum of (4) is 2.5; 18 of
-    the 36 pairs of belief and transition lie in one session."""
+    """Two sessions of three beliefs with deviation 1: D = 2, 4.5, 0 and 1.125, 0.5, 0, so the sum of (4) is 2.5."""
     mean = torch.tensor([[0.0, -1.0, 2.0], [0.5, 0.0, -1.0]]).T.unsqueeze(-1)  # (L, J, Z)
     rise = dynamite_rl.consistency(mean, torch.zeros_like(mean), torch.tensor([3, 3]), dynamite_rl.Args())
     torch.testing.assert_close(rise, torch.tensor([[0.0, 0.0], [2.5, 0.0], [0.0, 0.0]]))
     ends = torch.tensor([[False, False, True, False, False, True]]).T
     first, length, column, longest = dynamite_rl.split_sessions(ends)
     assert (first.tolist(), length.tolist(), column.tolist(), longest) == ([0, 3], [3, 3], [0, 0], 3)
-    assert (length**2).sum() == 18
 
 
-def test_presets_weights():
-    """On the grid's four sessions of 15 steps: the paper's sums, 1 R + 0.01 KL + 0.5 C + T, over the number of pairs; T
-    is a mean of 59 steps times 60, as the end of a meta-episode is known."""
-    s = setup(horizon=60, session_process="fixed", **{
-        name: getattr(dynamite_rl.Args, name) for name in ("kl_coef", "consistency_coef", "termination_coef")
-    })  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, pairs",
+    [
+        (dict(session_process="fixed"), 4 * 16 * 15),
+        (dict(session_process="fixed", no_session_reconstruction=True), 4 * 16 * 60),
+        (dict(sessions=1), 61 * 60),
+        (dict(sessions=6), None),
+    ],
+)
+def test_presets_weights(changes, pairs):
+    """However sessions lie: the paper's sums, 1 R + 0.01 KL + 0.5 C + T, over the number of pairs."""
+    s = setup(horizon=60, **changes)
     data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
     batch = {name: data[name][:, :2] for name in dynamite_rl.Buffer.NAMES}
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch, "randn_like", torch.ones_like)
         loss, _ = dynamite_rl.elbo(s.model, batch, s.args)
         sums = loop(s, batch, batch["session_end"])
-    assert sums["pairs"] == 2 * 4 * 16 * 15 and sums["known"] == 2 * 59
-    total = sums["reward"] + 0.01 * sums["kl"] + 0.5 * sums["consistency"] + sums["termination"] * 60 / 59
+    assert sums["pairs"] == 2 * pairs if pairs else 2 * 60 * 2 < sums["pairs"] < 2 * 61 * 60
+    assert sums["known"] == 2 * 59
+    total = sums["reward"] + 0.01 * sums["kl"] + 0.5 * sums["consistency"] + sums["termination"]
     torch.testing.assert_close(loss, total / sums["pairs"], rtol=1e-4, atol=1e-6)
 
 
@@ -341,7 +351,7 @@ def test_terminations_and_returns_of_sessions():
     ends = torch.tensor([[0, 1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 1]]).bool().T
     guess = torch.tensor([[1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]]).bool().T
     rewards = torch.tensor([[1, 2, 4, 8, 16, 32], [1, 1, 1, 1, 3, 3]]).float().T
-    data = dict(session_end=ends, predicted_end=guess, rewards=rewards)
+    data = dict(session_end=ends, predicted_end=guess, raw_rewards=rewards)
     found = dynamite_rl.session_rates(dynamite_rl.session_sums(data), "x")
     # sessions: 3, 28, 32 and 4, 6; three known ends, of which two were found by three guesses
     assert found == pytest.approx({
@@ -351,7 +361,7 @@ def test_terminations_and_returns_of_sessions():
     alone = dynamite_rl.session_rates(dynamite_rl.session_sums(data, slice(1, 2)), "x")
     assert alone["x/termination_recall"] == 1 and alone["x/return_session_1"] == 4 and "x/return_session_3" not in alone
     many = dict(
-        session_end=torch.ones(30, 1).bool(), predicted_end=torch.zeros(30, 1).bool(), rewards=torch.ones(30, 1)
+        session_end=torch.ones(30, 1).bool(), predicted_end=torch.zeros(30, 1).bool(), raw_rewards=torch.ones(30, 1)
     )
     found = dynamite_rl.session_rates(dynamite_rl.session_sums(many), "x")
     assert [k for k in found if "return" in k] == [f"x/return_session_{k}" for k in range(1, 11)]
@@ -529,3 +539,4 @@ def test_five_episodes(tmp_path):
     result = json.loads((tmp_path / "eval.json").read_text())
     assert {f"eval/test/return_episode_{k}" for k in range(1, 6)} <= result.keys()
     assert {len(task["return"]) for task in result["tasks"]["test"].values()} == {5}
+    assert (tmp_path / "episodes.png").stat().st_size > 10_000

@@ -277,20 +277,24 @@ def test_pictures_hold_what_they_should(tmp_path, capsys, monkeypatch):
 
 
 def test_boxes(tmp_path, capsys, monkeypatch):
-    """Over an argument: the last episode's returns of the test tasks, seeds pooled, scripts side by side."""
+    """Over an argument: the last episode's returns of the test tasks, seeds pooled, scripts and settings side by side."""
     drawn = []
     boxplot = plt.Axes.boxplot
     monkeypatch.setattr(plt.Axes, "boxplot", lambda *a, **b: drawn.append((a[1], b["positions"])) or boxplot(*a, **b))
     folders = []
-    for script, sessions, seed, returns in (("a", 1, 1, [1, 2]), ("a", 4, 1, [3]), ("a", 4, 2, [5]), ("b", 4, 1, [7])):
-        folder = tmp_path / f"{script}{sessions}{seed}"
-        folders.append(write_run(folder, curve([0, 1]), script=script, seed=seed, sessions=sessions))
+    for script, sessions, seed, returns, off in (
+        ("a", 1, 1, [1, 2], False), ("a", 4, 1, [3], False), ("a", 4, 2, [5], False), ("a", 4, 1, [6], True),
+        ("b", 4, 1, [7], False),
+    ):  # fmt: skip
+        folder = tmp_path / f"{script}{sessions}{seed}{'_off' * off}"
+        folders.append(write_run(folder, curve([0, 1]), script=script, seed=seed, sessions=sessions, off=off))
         tasks = {str(k): {"return": [99, r]} for k, r in enumerate(returns)}
         (folder / "eval.json").write_text(json.dumps({"tasks": {"test": tasks, "train": {"x": {"return": [50]}}}}))
     status, *_ = command(capsys, *folders, "--boxes", "sessions", "--out", tmp_path)
     assert status == 0 and (tmp_path / "boxes.png").stat().st_size > 5000
-    assert [values for values, _ in drawn] == [[[1, 2], [3, 5]], [[7]]]
-    assert drawn[0][1] == pytest.approx([-0.2, 0.8]) and drawn[1][1] == pytest.approx([1.2])
+    assert [values for values, _ in drawn] == [[[1, 2], [3, 5]], [[6]], [[7]]]
+    places = [x for _, positions in drawn for x in positions]
+    assert places == pytest.approx([-0.8 / 3, 1 - 0.8 / 3, 1, 1 + 0.8 / 3])
     (tmp_path / "a11" / "eval.json").unlink()
     for argument, lack in (("sessions", "no eval.json"), ("hidden-dim", "no argument hidden_dim")):
         status, _, (line,) = command(capsys, *folders, "--boxes", argument, "--out", tmp_path)
