@@ -600,7 +600,7 @@ class BeliefModel(nn.Module):
         )
         if args.reward_decoder == "multihead":
             if self.cell is None:
-                raise BadInput(f"--reward-decoder multihead needs a grid, and {args.env_id} is none: choose mlp")
+                raise BadInput(f"--reward-decoder multihead needs a grid of one goal, not {args.env_id}: choose mlp")
             self.reward_decoder = MultiHeadDecoder(args, envs.num_cells)
         else:
             inputs = ("next_obs",) if args.reward_decoder == "mlp-next" else ("obs", "action", "next_obs")

@@ -78,7 +78,7 @@ class Args:
     seed: int = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
-    total_timesteps: int = 20_000_000  # environment steps, summed over environments
+    total_timesteps: int = 20_000_000  # environment steps, summed over environments (ours)
     num_envs: int = 16  # environments stepped together (N)
     horizon: int = 60  # steps of an episode (H), with all its sessions; 0 = the environment's own
     episodes_per_task: int = 1  # episodes of a meta-episode (K), which is an iteration; 0 = the environment's own
@@ -118,7 +118,7 @@ class Args:
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
     # that nothing tells the few training tasks by where things happen to stand (ours).
     obs_shift: float = 0.0
-    std_init: float = 1.0  # deviation of a continuous action at the start
+    std_init: float = 1.0  # deviation of a continuous action at the start (ours, as its bounds)
     std_min: float = 0.01  # its lower bound, reached softly
     std_max: float = 2.0  # its upper bound
 
@@ -132,7 +132,7 @@ class Args:
     belief_batch: int = 25  # meta-episodes per gradient step (B) (ours)
     belief_max_grad_norm: float = 2.0  # clip of the gradient's norm, for each of encoder and decoders; 0 = off (ours)
     buffer_size: int = 10_000  # meta-episodes kept for the belief model; as many as --num-envs: on-policy (ours)
-    precollect: int = 10_000  # steps before the first gradient step; the policy waits for the second iteration too
+    precollect: int = 10_000  # steps before the first gradient step (ours); the policy's waits for iteration 2, too
     action_embed: int = 8  # embedding of the action in encoder and decoders; 0 = not an input
     state_embed: int = 8  # embedding of the state
     reward_embed: int = 8  # embedding of the reward (encoder)
@@ -164,7 +164,7 @@ class Args:
     no_conditioning: bool = False
     no_session_reconstruction: bool = False  # ablation: every belief decodes the whole meta-episode, as variBAD's
     oracle_terminations: bool = False  # the rollout's session ends are the true ones [paper's oracle]
-    # KL of each belief to its session's prior (session); that of each session's last belief alone (final-only, the
+    # KL of each belief to its session's prior (session, ours); that of each session's last belief alone (final-only, the
     # paper's appendix A, literally); of each to the one before (sequential, variBAD).
     kl: Literal["session", "final-only", "sequential"] = "session"
     # Session ends learn from the true ones by cross-entropy (bce, ours), or not at all but by a KL to Bernoulli(K / H)
@@ -574,7 +574,7 @@ class BeliefModel(nn.Module):
         self.end_rate = getattr(envs, "sessions", 1) / envs.horizon  # K / H
         if args.reward_decoder == "multihead":
             if self.cell is None:
-                raise BadInput(f"--reward-decoder multihead needs a grid, and {args.env_id} is none: choose mlp")
+                raise BadInput(f"--reward-decoder multihead needs a grid of one goal, not {args.env_id}: choose mlp")
             self.reward_decoder = MultiHeadDecoder(args, envs.num_cells)
         else:
             inputs = ("next_obs",) if args.reward_decoder == "mlp-next" else ("obs", "action", "next_obs")

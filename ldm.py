@@ -603,7 +603,7 @@ class BeliefModel(BeliefEncoder):
         self.cell = getattr(envs, "cell", None)
         if args.reward_decoder in ("bernoulli", "multihead") and self.cell is None:
             raise BadInput(
-                f"--reward-decoder {args.reward_decoder} needs a grid, and {args.env_id} is none: choose mlp"
+                f"--reward-decoder {args.reward_decoder} needs a grid of one goal, not {args.env_id}: choose mlp"
             )
         if args.reward_decoder == "multihead":
             self.reward_decoder = MultiHeadDecoder(args, envs.num_cells)
