@@ -209,10 +209,12 @@ PRESETS = {
         update_epochs=4, clip_coef=0.2, policy_layers=(256, 256, 128), belief_batch=15, belief_updates=3,
         latent_dim=10, elbo_terms=100, decode_terms=100, kl_coef=1.5 / 100,
     ),
-    "GridWorldAlternating": SESSIONS | dict(
-        total_timesteps=20_000_000, num_envs=16, horizon=60, eval_interval=500, checkpoint_interval=500, ent_coef=0.01,
-        ent_coef_end=0.01, action_embed=8, state_embed=8, reward_embed=8, hidden_dim=64, latent_dim=5, tbptt=0,
-        elbo_terms=0, decode_terms=0, kl_coef=0.01 / 60, standardise_inputs=False,
+    "GridWorldAlternating": SESSIONS | dict(  # as dynamite_rl.py's
+        total_timesteps=10_000_000, num_envs=128, horizon=60, eval_interval=250, checkpoint_interval=250,
+        learning_rate=1e-3, anneal_lr=True, time_limit="task", num_minibatches=8, ent_coef=0.03, ent_coef_end=0.01,
+        belief_learning_rate=1e-3, belief_anneal_lr=True, belief_updates=6, buffer_size=100_000, action_embed=8,
+        state_embed=8, reward_embed=8, hidden_dim=64, latent_dim=5, tbptt=0, elbo_terms=0, decode_terms=0,
+        reward_decoder="mlp-next", kl_coef=0.03 / 60, standardise_inputs=False,
     ),
     "Reacher": SESSIONS,
     "HalfCheetahDirSessions": SESSIONS,

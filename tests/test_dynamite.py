@@ -27,7 +27,7 @@ def setup(env_id="GridWorldAlternating", script=dynamite_rl, **changes):
     tiny = dict(
         num_envs=5, horizon=12, episodes_per_task=1, num_minibatches=1, hidden_dim=6, latent_dim=3, policy_layers=(8,),
         decoder_layers=(7,), state_embed=3, reward_embed=4, action_embed=2, buffer_size=20, session_process="poisson",
-        elbo_terms=0, decode_terms=0,
+        elbo_terms=0, decode_terms=0, reward_decoder="mlp",
     )  # fmt: skip
     tiny |= dict(encoder_layers=(6,), condition_embed=4, prior_layers=(5,)) if script is dynamite_rl else {}
     args = script.Args(**(script.PRESETS[env_id] | tiny | dict(env_id=env_id) | changes))
@@ -146,8 +146,11 @@ def loop(s, batch, ends):
                     continue
                 sums["in_session"] += 1
                 if args.decode_window == "all" or i >= start:
-                    y = [model.reward_decoder.embed_state(v[i]) for v in (obs, next_obs)]
-                    y = torch.cat([*y, model.reward_decoder.embed_action(F.one_hot(action[i], 5).float())]).relu()
+                    y = [model.reward_decoder.embed_state(next_obs[i])]
+                    if args.reward_decoder == "mlp":
+                        y = [model.reward_decoder.embed_state(obs[i]), *y]
+                        y += [model.reward_decoder.embed_action(F.one_hot(action[i], 5).float())]
+                    y = torch.cat(y).relu()
                     sums["reward"] += (model.reward_decoder.net(torch.cat([m, y]))[0] - reward[i]) ** 2
                     sums["pairs"] += 1
         for posteriors in of_session:
@@ -165,6 +168,7 @@ CASES = [
     dict(kl="sequential", encoder_obs="pre", decode_window="future"),
     dict(reset_hidden_at_session=True, term_loss="kl"),
     dict(no_session_reconstruction=True),
+    dict(reward_decoder="mlp-next"),
     dict(no_session_reconstruction=True, decode_window="future"),
     dict(no_conditioning=True),
     dict(no_conditioning=True, kl="sequential", reset_hidden_at_session=True),
@@ -258,7 +262,7 @@ def test_worked_vector():
 )
 def test_presets_weights(changes, pairs):
     """However sessions lie: the paper's sums, 1 R + 0.01 KL + 0.5 C + T, over the number of pairs."""
-    s = setup(horizon=60, **changes)
+    s = setup(horizon=60, kl_coef=dynamite_rl.Args.kl_coef, **changes)
     data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
     batch = {name: data[name][:, :2] for name in dynamite_rl.Buffer.NAMES}
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
