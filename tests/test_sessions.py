@@ -375,7 +375,8 @@ def walk(envs, goal_of):
     total = 0
     for t in range(60):
         left = goal_of(t, info["context"]) - (obs[:, :2] + 0.5) * 4
-        obs, reward, _, _, info = envs.step(torch.where(left[:, 0] > 0, 2, torch.where(left[:, 1] > 0, 1, 0)))
+        way = torch.where(left[:, :1] != 0, left * torch.tensor([1, 0]), left * torch.tensor([0, 1])).sign()
+        obs, reward, _, _, info = envs.step((way[:, None] == envs.moves).all(-1).int().argmax(1))
         total = total + reward
     return total
 
@@ -390,6 +391,31 @@ def test_known_goal_in_the_environment():
     assert returns.mean().item() == pytest.approx(44.29, abs=4 * 5.2 / 512**0.5)
     stubborn = walk(envs, lambda t, context: contexts[0])  # known at first, then as in 0.2, 0.68 and 0.392 of the tasks
     assert stubborn.mean().item() == pytest.approx(22.57, abs=4 * 14 / 512**0.5)
+
+
+@pytest.mark.parametrize("switch, expected, drawn", [(0.8, 42.47, 42.25), (0.5, 41.50, 41.36)])
+def test_search_in_the_environment(switch, expected, drawn):
+    """The Bayes-optimal walk, and the one that is blind to the goals' dynamics, in the 512 evaluation tasks: first to
+    the goal that promises more, on to the other one where there is no reward."""
+    envs = make_envs("GridWorldAlternating", 512, "test")
+    rows, state = torch.arange(512), {}
+
+    def aim(t, context):
+        goals = envs.task[:, :4].view(512, 2, 2)
+        right = (context == goals[:, 1]).all(-1).long()
+        if t % 15 == 0:
+            p = torch.where(state["right"] == 1, 1 - switch, switch) if t else torch.full((512,), 0.5)  # of goal 1
+            far, apart = goals.sum(-1), (goals[:, 0] - goals[:, 1]).abs().sum(-1)
+            steps = [p * y + (1 - p) * x for x, y in ((far[:, 0], far[:, 0] + apart), (far[:, 1] + apart, far[:, 1]))]
+            state["aim"] = (steps[1] < steps[0] - 1e-6).long()
+        state["right"] = right
+        there = (envs.cell_xy == goals[rows, state["aim"]]).all(-1)
+        state["aim"] = torch.where(there, right, state["aim"])
+        return goals[rows, state["aim"]]
+
+    returns = walk(envs, aim)
+    assert returns.mean().item() == pytest.approx(expected, abs=4 * 4.9 / 512**0.5)
+    assert returns.mean().item() == pytest.approx(drawn, abs=0.005)
 
 
 # ---------- MuJoCo ----------
