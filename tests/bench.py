@@ -234,8 +234,14 @@ def bench_mujoco(seconds, num_envs=16, horizon=200):
 def bench_scripts(seconds):
     """Training steps/s of each script with its preset, evaluation aside, and where an iteration's time goes."""
     jobs = [*itertools.product(("varibad.py", "dme.py"), ("GridWorld", "SparsePointRobot", "ML10"))]
-    jobs += [("ldm.py", "GridWorldLDM"), ("ldm.py", "HalfCheetahVel")]
-    jobs += [("dynamite_rl.py", "GridWorldAlternating"), ("dynamite_rl.py", "HalfCheetahVelSessions")]
+    jobs += [("varibad.py", "HalfCheetahVel"), ("ldm.py", "GridWorldLDM"), ("ldm.py", "HalfCheetahVel")]
+    table_2 = (  # of DynaMITE-RL, in place of the preset's
+        "--num-minibatches 4 --learning-rate 3e-4 --no-anneal-lr --ent-coef 0.01 --time-limit terminal "
+        "--belief-learning-rate 3e-4 --no-belief-anneal-lr --belief-updates 3 --buffer-size 10000 "
+        "--reward-decoder mlp --kl-coef 0.01 --num-envs"
+    ).split()
+    grid = "dynamite_rl.py", "GridWorldAlternating"
+    jobs += [grid, (*grid, *table_2, "16"), (*grid, *table_2, "32"), ("dynamite_rl.py", "HalfCheetahVelSessions")]
     jobs += [("laser.py", "MEWA", "--oracle-context")]
     for script, env_id, *words in jobs:
         steps = 60_000 if env_id == "ML10" else round(seconds / 6 * 10_000)  # of ML10, five iterations
