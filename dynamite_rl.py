@@ -216,15 +216,7 @@ PRESETS = {
 }  # fmt: skip
 YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
 SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
-    # An iteration is 25,600 steps: with 3 updates at 3e-4 in each, no session's end is found within 5 M steps.
-    name: dict(
-        num_envs=64,
-        eval_interval=100,
-        checkpoint_interval=100,
-        buffer_size=2000,
-        belief_updates=15,
-        belief_learning_rate=1e-3,
-    )
+    name: dict(num_envs=64, eval_interval=100, checkpoint_interval=100, buffer_size=2000)
     for name in "Reacher HalfCheetahDirSessions HalfCheetahVelSessions HalfCheetahWindVelSessions".split()
 } | {"ScratchItch": dict(buffer_size=2000)}
 
