@@ -538,6 +538,8 @@ def test_picture_of_sessions(tmp_path):
 def test_five_episodes(tmp_path):
     """Figure 6: one task for five episodes on end, evaluated from a checkpoint of one that had two."""
     run(dynamite_rl, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["sessions"], config["session_process"]) == (4, "poisson")  # the environment's own, for --boxes
     words = ["--evaluate", str(tmp_path / "checkpoint.pt"), "--episodes-per-task", "5", "--eval-tasks", "6"]
     dynamite_rl.main(dynamite_rl.parse_args(words))
     result = json.loads((tmp_path / "eval.json").read_text())

@@ -389,6 +389,7 @@ def test_known_goal_in_the_environment():
     distance = torch.stack(contexts[::15]).sum(-1)
     torch.testing.assert_close(returns, (16 - distance - 0.1 * (distance - 1)).sum(0))
     assert returns.mean().item() == pytest.approx(44.29, abs=4 * 5.2 / 512**0.5)
+    assert returns.mean().item() == pytest.approx(44.07, abs=0.005)
     stubborn = walk(envs, lambda t, context: contexts[0])  # known at first, then as in 0.2, 0.68 and 0.392 of the tasks
     assert stubborn.mean().item() == pytest.approx(22.57, abs=4 * 14 / 512**0.5)
 
