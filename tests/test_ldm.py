@@ -205,11 +205,14 @@ def test_probe_of_imagined_tasks(monkeypatch):
 # ---------- The policy, end to end ----------
 
 
-def loop_beliefs(s, data):
-    """Encoder-p by its single step, from the prior, with gradients: (T + 1, N, .)."""
+def loop_beliefs(s, data, window=0):
+    """Encoder-p by its single step, from the prior, with gradients, none beyond a window: (T + 1, N, .)."""
     hidden = torch.zeros(s.args.num_envs, s.args.hidden_dim)
     beliefs = [s.agent.encoder.belief(hidden)]
     for t in range(s.envs.meta_horizon):
+        if window and t % window == 0:
+            hidden = hidden.detach()
+            beliefs[-1] = s.agent.encoder.belief(hidden)
         last = t + 1 == s.envs.meta_horizon
         seen = data["next_obs"][t] if last else data["obs"][t + 1]
         hidden = s.agent.encoder.step(data["actions"][t], seen, data["rewards"][t], hidden)
@@ -241,10 +244,11 @@ def test_a2c_gradient_equals_a_loop(policy_state, monkeypatch):
     assert all(taken[0][name].any() for name in taken[0] if "encoder" in name)
 
 
-@pytest.mark.parametrize("value_loss", ["huber", "mse"])
-def test_ppo_gradient_equals_a_loop(value_loss, monkeypatch):
-    """The clipped objective of one minibatch and its gradient, from old log-probabilities and values that differ."""
-    s = setup(rl="ppo", value_loss=value_loss, update_epochs=1, clip_coef=0.2)
+@pytest.mark.parametrize("value_loss, window", [("huber", 0), ("mse", 0), ("huber", 2)])
+def test_ppo_gradient_equals_a_loop(value_loss, window, monkeypatch):
+    """The clipped objective of one minibatch and its gradient, from old log-probabilities and values that differ; with
+    windows from the hidden states of the rollout."""
+    s = setup(rl="ppo", value_loss=value_loss, update_epochs=1, clip_coef=0.2, policy_tbptt=window)
     data, _ = imagined(s)
     data["alive"][5, 2] = False
     data["advantages"], data["returns"] = torch.randn(2, 8, 5)
@@ -254,7 +258,7 @@ def test_ppo_gradient_equals_a_loop(value_loss, monkeypatch):
     ldm.ppo_update(s.agent, None, data, 0.1, s.args)
     alive = data["alive"]
     advantages = (data["advantages"] - data["advantages"][alive].mean()) / data["advantages"][alive].std(correction=0)
-    beliefs, loss, clipped = loop_beliefs(s, data), 0, 0
+    beliefs, loss, clipped = loop_beliefs(s, data, window), 0, 0
     for t, n in alive.nonzero().tolist():
         logprobs, value = s.agent.actor(beliefs[t, n]).log_softmax(-1), s.agent.critic(beliefs[t, n])[0]
         ratio, a = (logprobs[data["actions"][t, n]] - data["logprobs"][t, n]).exp(), advantages[t, n]
@@ -459,6 +463,7 @@ def test_resume(env_id, tmp_path):
         ("--beta -0.5", "--beta"),
         ("--beta nan", "--beta"),
         ("--rl ppo --num-minibatches 3", "--num-minibatches 3"),
+        ("--rl ppo --policy-tbptt 7", "--policy-tbptt 7 does not divide"),
         ("--env-id SparsePointRobot --oracle", "--oracle"),
         ("--env-id SparsePointRobot --reward-decoder bernoulli", "bernoulli"),
         ("--no-belief --oracle-context", "--oracle-context"),
