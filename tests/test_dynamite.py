@@ -296,6 +296,44 @@ def test_mixed_boundaries():
     assert abs((found.sum(0) == 12).float().mean() - 0.5) < 0.1 and ends[:-1].sum() == 0
 
 
+class Flips:
+    """4 sessions of 5 steps; the reward is +1 or -1 for a whole session, in the next the other with .8."""
+
+    def sample(self, B):
+        sign = [torch.where(torch.rand(B) < 0.5, 1.0, -1.0)]
+        for _ in range(3):
+            sign.append(torch.where(torch.rand(B) < 0.8, -sign[-1], sign[-1]))
+        obs, ends = torch.zeros(20, B, 6), torch.zeros(20, B, dtype=torch.bool)
+        ends[4::5] = True
+        batch = dict(obs=obs, next_obs=obs, actions=torch.zeros(20, B, dtype=torch.int64), session_end=ends)
+        return batch | dict(rewards=torch.stack(sign).repeat_interleave(5, 0), alive=torch.ones_like(ends))
+
+
+def test_belief_learns_sessions():
+    """What the reward will be, one step ahead, with the session ends that it predicts itself.
+
+    The squared error of who does not adapt is 1, as it is at a session's first step for who takes it for a new task;
+    who carries the last session's belief on has 3.2 there, who knows the dynamics .64.
+    """
+    sizes = dict(hidden_dim=16, latent_dim=2, encoder_layers=(16,), prior_layers=(16,), belief_batch=25)
+    s = setup(horizon=20, session_process="fixed", **sizes)
+    optimizer = torch.optim.Adam(s.model.parameters(), 1e-2)
+    for _ in range(600):
+        dynamite_rl.update_belief(s.model, optimizer, Flips(), s.args)
+    batch, hidden, condition, errors = Flips().sample(500), torch.zeros(500, 16), torch.zeros(500, 4), []
+    with torch.no_grad():
+        belief = s.model.belief(hidden)
+        for obs, action, reward in zip(batch["obs"], batch["actions"], batch["rewards"]):
+            m = s.model.moments(belief)[0]
+            expected = s.model.reward_decoder(m[None], obs[None], s.model.action_input(action)[None], obs[None])
+            errors.append((expected.flatten() - reward).square().mean().item())
+            hidden = s.model.step(action, obs, reward, condition, hidden)
+            ended = s.model.terminates(hidden)
+            belief, condition, hidden = s.model.next_session(ended, s.model.belief(hidden), condition, hidden)
+    first, later = [errors[t] for t in (5, 10, 15)], [errors[t] for t in range(20) if t % 5]
+    assert 0.95 < errors[0] < 1.1 and sum(first) / 3 < 0.85 and max(later) < 0.1, errors
+
+
 # ---------- Rollouts ----------
 
 
