@@ -254,8 +254,8 @@ SMALL = {  # what fits a machine without a GPU, laid over the preset unless --cu
 for name in ("ML1-reach", "ML1-reach-wall"):  # an object stands about that has nothing to do with the goal
     SMALL[name] = SMALL["ML1"] | dict(obs_shift=2.0)
 SMALL_SESSIONS = dict(  # as dynamite_rl.py's
-    total_timesteps=5_000_000, num_envs=32, eval_interval=40, checkpoint_interval=40, num_minibatches=16, ent_coef=0.01,
-    ent_coef_end=0.0, std_init=0.5, belief_learning_rate=1e-3, belief_anneal_lr=True, belief_updates=8,
+    total_timesteps=5_000_000, num_envs=32, eval_interval=40, checkpoint_interval=40, gamma=0.95, num_minibatches=16,
+    ent_coef=0.01, ent_coef_end=0.0, std_init=0.5, belief_learning_rate=1e-3, belief_anneal_lr=True, belief_updates=8,
     buffer_size=2000, kl_coef=0.001 / 400,
 )  # fmt: skip
 SMALL |= {name: SMALL_SESSIONS for name in PRESETS if "Sessions" in name}
