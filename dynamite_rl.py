@@ -164,8 +164,8 @@ class Args:
     no_conditioning: bool = False
     no_session_reconstruction: bool = False  # ablation: every belief decodes the whole meta-episode, as variBAD's
     oracle_terminations: bool = False  # the rollout's session ends are the true ones [paper's oracle]
-    # KL of each belief to its session's prior (session, ours); that of each session's last belief alone (final-only, the
-    # paper's appendix A, literally); of each to the one before (sequential, variBAD).
+    # KL of each belief to its session's prior (session, ours); that of each session's last belief alone (final-only,
+    # the paper's appendix A, literally); of each to the one before (sequential, variBAD).
     kl: Literal["session", "final-only", "sequential"] = "session"
     # Session ends learn from the true ones by cross-entropy (bce, ours), or not at all but by a KL to Bernoulli(K / H)
     # (the paper's ELBO, literally; nothing tells it then when a session ends).
@@ -1186,7 +1186,7 @@ def make_args_envs(args, num_envs, split, device):
 
 def draw_pictures(folder, eval_envs, details, agent, model, args):
     """Three tasks: the reward that the belief expects of each step, or at the alternating grid's two goals (Figure 2),
-    the true context, true and predicted session ends. Returns over the episodes of a task (Figure 6), if it has some."""
+    the true context, true and predicted session ends. Returns over a task's episodes (Figure 6), if there are some."""
     if args.episodes_per_task > 1:
         returns = np.array([task["return"] for task in details["test"].values()])  # (tasks, K)
         mean, half = returns.mean(0), 1.96 * returns.std(0) / len(returns) ** 0.5
