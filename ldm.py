@@ -115,7 +115,7 @@ class Args:
     policy_layers: tuple[int, ...] = (32,)  # hidden layers (tanh) of actor and critic
     policy_latent_dim: int = 32  # encoder-p's latent: the policy sees a mean and a log-variance, each of this dimension
     policy_state: bool = False  # the policy sees the state beside them
-    # Steps of a window of PPO: encoder-p enters it with the hidden state that the rollout had there, and no gradient goes
+    # Steps of a window of PPO: encoder-p enters it with the hidden state that the rollout had there, no gradient goes
     # beyond it; in the authors' code one of their iterations. 0 = whole meta-episodes.
     policy_tbptt: int = 0
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so

@@ -277,7 +277,7 @@ def test_pictures_hold_what_they_should(tmp_path, capsys, monkeypatch):
 
 
 def test_boxes(tmp_path, capsys, monkeypatch):
-    """Over an argument: the last episode's returns of the test tasks, seeds pooled, scripts and settings side by side."""
+    """Over an argument: the last episode's returns of the test tasks, seeds pooled, scripts, settings side by side."""
     drawn = []
     boxplot = plt.Axes.boxplot
     monkeypatch.setattr(plt.Axes, "boxplot", lambda *a, **b: drawn.append((a[1], b["positions"])) or boxplot(*a, **b))
