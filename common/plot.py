@@ -99,7 +99,7 @@ def draw_sessions(file, title, trajectory, lines, walks=()):
         if panel in lines:
             for label, y in lines[panel].items():
                 axis.plot(np.arange(T), y, label=label, lw=1.5)
-            axis.legend(loc="upper left", fontsize=8, framealpha=0.7)
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         elif panel == "context":
             axis.step(np.arange(T), trajectory["contexts"], where="mid", lw=1.5)
         else:
