@@ -215,7 +215,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
-SMALL_SESSIONS = dict(  # smaller iterations with more updates: of the belief, or no session's end is foreseen in time
+SMALL_SESSIONS = dict(  # smaller iterations with more updates, or Reacher's session ends are not foreseen in time; ours
     total_timesteps=5_000_000, num_envs=32, eval_interval=40, checkpoint_interval=40, gamma=0.95, num_minibatches=16,
     ent_coef=0.01, ent_coef_end=0.0, std_init=0.5, belief_learning_rate=1e-3, belief_anneal_lr=True, belief_updates=8,
     buffer_size=2000, kl_coef=0.001,

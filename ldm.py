@@ -92,8 +92,8 @@ class Args:
 
     # A2C, PPO
     # a2c: one step on the whole rollout, of RMSprop for actor and critic and of Adam for encoder-p (the authors' grid);
-    # ppo: minibatches of whole environments, Adam for all (their MuJoCo). Both go through encoder-p, from the end of a
-    # meta-episode to its start.
+    # ppo: minibatches of whole windows, Adam for all (their MuJoCo). Both go through encoder-p, from the end of a
+    # meta-episode, or of a window, to its start.
     rl: Literal["a2c", "ppo"] = "a2c"
     learning_rate: float = 7e-4  # step size for actor, critic and encoder-p
     anneal_lr: bool = False  # let it fall linearly to 0
@@ -103,7 +103,7 @@ class Args:
     # episode: no credit flows from one episode to the next (variBAD's code, elsewhere).
     time_limit: Literal["task", "terminal", "episode"] = "task"
     update_epochs: int = 2  # PPO: passes over an iteration's steps
-    num_minibatches: int = 4  # PPO: gradient steps per pass, each on the meta-episodes of some environments
+    num_minibatches: int = 4  # PPO: gradient steps per pass, each on some meta-episodes or windows
     clip_coef: float = 0.05  # PPO: epsilon of the clipped ratio and value
     ent_coef: float = 0.1  # weight of the entropy bonus at the start
     ent_coef_end: float = 0.1  # and at the end: linear in between
@@ -115,9 +115,9 @@ class Args:
     policy_layers: tuple[int, ...] = (32,)  # hidden layers (tanh) of actor and critic
     policy_latent_dim: int = 32  # encoder-p's latent: the policy sees a mean and a log-variance, each of this dimension
     policy_state: bool = False  # the policy sees the state beside them
-    # Steps of a window of PPO: encoder-p enters it with the hidden state that the rollout had there, no gradient goes
-    # beyond it; in the authors' code one of their iterations. 0 = whole meta-episodes.
-    policy_tbptt: int = 0
+    # PPO: windows that a meta-episode is divided into. Encoder-p enters each with the hidden state that the rollout had
+    # there, and no gradient goes beyond it. In the authors' code a window is one of their iterations.
+    ppo_windows: int = 1
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
     # that nothing tells the few training tasks by where things happen to stand (ours).
     obs_shift: float = 0.0
@@ -174,7 +174,7 @@ class Args:
 # The authors' hyper-parameters, from the configurations of their code; Args' defaults are those of GridWorldLDM.
 LOCOMOTION = dict(  # an iteration is a meta-episode of 400 steps, theirs 200: here twice the minibatches and updates
     total_timesteps=200_000_000, horizon=200, episodes_per_task=2, eval_interval=250, checkpoint_interval=250, rl="ppo",
-    num_minibatches=8, belief_updates=4, policy_tbptt=200,
+    num_minibatches=8, belief_updates=4, ppo_windows=2,
     gamma=0.97, gae_lambda=0.9, ent_coef=0.01, ent_coef_end=0.01, norm_reward=True, policy_layers=(128,),
     policy_latent_dim=128, policy_state=True, belief_batch=10, buffer_size=10_000, action_embed=16, reward_embed=16,
     latent_dim=5, elbo_terms=50, decode_terms=50, reward_decoder="mlp", decode="shared", decoder_layers=(64, 32),
@@ -188,7 +188,7 @@ PRESETS = {
     "GridWorldExtrapolation": dict(time_limit="terminal", decoder_dropout=0.5),
     "SparsePointRobot": LOCOMOTION | dict(
         total_timesteps=50_000_000, horizon=100, episodes_per_task=3, gamma=0.99, reward_decoder="mlp-next",
-        policy_tbptt=100, kl_coef=1 / 300,
+        ppo_windows=1, kl_coef=1 / 300,
     ),
     "HalfCheetahVel": LOCOMOTION | dict(
         total_timesteps=50_000_000, clip_coef=0.1, belief_updates=2, num_mixture_workers=4,
@@ -198,12 +198,10 @@ PRESETS = {
     "AntGoal": LOCOMOTION | dict(num_minibatches=2, policy_state=False, latent_dim=10, beta=2.0),
     "HopperMass": LOCOMOTION | dict(  # not one of the paper's
         total_timesteps=10_000_000, horizon=400, episodes_per_task=4, eval_interval=25, checkpoint_interval=25,
-        eval_tasks=30, gamma=0.99, policy_tbptt=400, latent_dim=10, kl_coef=50 / 1601 / 1600,
+        eval_tasks=30, gamma=0.99, ppo_windows=4, latent_dim=10, kl_coef=50 / 1601 / 1600,
     ),
 }  # fmt: skip
-YOUR_OWN = PRESETS["SparsePointRobot"] | dict(  # for package.module:factory
-    horizon=0, episodes_per_task=0, policy_tbptt=0,
-)  # fmt: skip
+YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
 SMALL = {}  # nothing less without a GPU
 
 
@@ -234,7 +232,7 @@ def flag(name):
 def check_args(args):
     """BadInput for the first argument that makes no sense, or for two that do not fit."""
     for name in (
-        "total_timesteps num_envs update_epochs num_minibatches belief_batch buffer_size "
+        "total_timesteps num_envs update_epochs num_minibatches ppo_windows belief_batch buffer_size "
         "state_embed reward_embed hidden_dim latent_dim policy_latent_dim learning_rate belief_learning_rate "
         "std_min std_init clip_coef"
     ).split():
@@ -243,7 +241,7 @@ def check_args(args):
     for name in (
         "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
         "obs_shift horizon episodes_per_task sessions "
-        "belief_max_grad_norm action_embed tbptt policy_tbptt elbo_terms decode_terms reward_coef state_coef kl_coef "
+        "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef "
         "num_mixture_workers beta"
     ).split():
         if not 0 <= getattr(args, name) < math.inf:
@@ -265,14 +263,14 @@ def check_args(args):
             f"--num-mixture-workers {args.num_mixture_workers} leaves fewer than 2 of --num-envs {args.num_envs} to mix"
         )
     steps = args.horizon * args.episodes_per_task
-    for name in ("tbptt", "policy_tbptt"):
-        if 0 < getattr(args, name) < steps and steps % getattr(args, name):
-            raise BadInput(f"{flag(name)} {getattr(args, name)} does not divide the {steps} steps of a meta-episode")
-    windows = max(1, steps // (args.policy_tbptt or steps or 1)) * args.num_envs // ranks()
-    if args.rl == "ppo" and windows % args.num_minibatches:
+    if args.tbptt and steps > args.tbptt and steps % args.tbptt:
+        raise BadInput(f"--tbptt {args.tbptt} does not divide the {steps} steps of a meta-episode")
+    if steps % args.ppo_windows:
+        raise BadInput(f"--ppo-windows {args.ppo_windows} does not divide the {steps} steps of a meta-episode")
+    if args.rl == "ppo" and args.num_envs // ranks() * args.ppo_windows % args.num_minibatches:
         raise BadInput(
-            f"--num-minibatches {args.num_minibatches} does not divide {windows} windows: --num-envs {args.num_envs} "
-            f"times the windows of a meta-episode (--policy-tbptt {args.policy_tbptt})"
+            f"--num-minibatches {args.num_minibatches} does not divide --num-envs {args.num_envs // ranks()} (of each "
+            f"process) times --ppo-windows {args.ppo_windows}"
         )
     if args.buffer_size < args.num_envs:
         raise BadInput(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}: no iteration fits")
@@ -435,14 +433,14 @@ class Agent(nn.Module):
         return [nn.ModuleList([self.actor, self.critic, *std])] + ([self.encoder] if self.encoder else [])
 
     def beliefs(self, data):
-        """Encoder-p on meta-episodes, with gradients: obs, acted_on (T, B, S), actions, rewards -> (T + 1, B, .).
+        """Encoder-p on meta-episodes or windows, with gradients: acted_on (T, B, S), actions, rewards -> (T + 1, B, .).
 
-        It starts from hiddens (1, B, D), zeros in whole ones. Without encoder-p, the beliefs that the rollout had.
+        It starts from the first of hiddens (., B, D). Without encoder-p, the beliefs that the rollout had.
         """
         if not self.encoder:
             return data["beliefs"]
-        hiddens = self.encoder.hiddens(data | dict(next_obs=data["acted_on"]), start=data["hiddens"][:1])
-        return self.encoder.belief(hiddens)
+        data = data | dict(next_obs=data["acted_on"])
+        return self.encoder.belief(self.encoder.hiddens(data, start=data["hiddens"][:1]))
 
     def embed(self, obs, belief):
         return torch.cat([belief, self.obs_norm(obs)], -1) if self.sees_state else belief
@@ -495,16 +493,15 @@ class Encoder(nn.Module):
         weights = self.gru.weight_ih_l0, self.gru.weight_hh_l0, self.gru.bias_ih_l0, self.gru.bias_hh_l0
         return torch.gru_cell(self.embed(action, next_obs, reward), hidden, *weights)
 
-    def forward(self, action, next_obs, reward, tbptt=0, start=None):
+    def forward(self, action, next_obs, reward, tbptt=0):
         """Whole meta-episodes from hidden 0: (T, B, .) each -> hiddens (T + 1, B, D), the first of them the zero state.
-        With start (1, B, D) it goes on from there.
 
         With tbptt = w, gradients stop every w steps: a pass without gradients finds the hidden state at the start of
         each window; then all windows run side by side as one batch.
         """
         x = self.embed(action, next_obs, reward)
         T, B, E = x.shape
-        start = x.new_zeros(1, B, self.gru.hidden_size) if start is None else start
+        start = x.new_zeros(1, B, self.gru.hidden_size)
         if tbptt and tbptt < T:
             with torch.no_grad():
                 before = torch.cat([start, self.gru(x[:-tbptt], start)[0][tbptt - 1 :: tbptt]])  # (T / w, B, D)
@@ -592,9 +589,15 @@ class BeliefEncoder(nn.Module):
         return self.encoder.step(self.action_input(action), self.obs_norm(next_obs), reward, hidden)
 
     def hiddens(self, batch, tbptt=0, start=None):
-        """The encoder's hidden states on whole meta-episodes: actions, next_obs, rewards (T, B, .) -> (T + 1, B, D)."""
-        actions, rewards = self.action_input(batch["actions"]), self.reward_norm(batch["rewards"].unsqueeze(-1))
-        return self.encoder(actions, self.obs_norm(batch["next_obs"]), rewards, tbptt, start)
+        """The encoder's hidden states on whole meta-episodes: actions, next_obs, rewards (T, B, .) -> (T + 1, B, D).
+
+        On windows of them it goes on from start (1, B, D), the first of its results.
+        """
+        rewards = self.reward_norm(batch["rewards"].unsqueeze(-1))
+        inputs = self.action_input(batch["actions"]), self.obs_norm(batch["next_obs"]), rewards
+        if start is None:
+            return self.encoder(*inputs, tbptt)
+        return torch.cat([start, self.encoder.gru(self.encoder.embed(*inputs), start)[0]])
 
     def posterior(self, hidden):
         """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
@@ -902,7 +905,7 @@ class A2COptimizer:
 def a2c_update(agent, optimizer, data, ent_coef, args):
     """One gradient step of the actor-critic on an iteration's steps, end to end through encoder-p. Returns its terms.
 
-    data: obs, acted_on (T, N, S), actions (T, N, .), rewards, advantages, returns, alive (T, N).
+    data: obs, acted_on (T, N, S), actions (T, N, .), rewards, advantages, returns, alive (T, N), hiddens (., N, D).
     """
     alive = data["alive"].float()
     weight = alive / all_sum(alive.sum()).clamp(min=1)
@@ -919,11 +922,11 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     """Epochs of minibatches of PPO's clipped objective on an iteration's meta-episodes. Returns a dict of mean terms.
 
     data: obs, acted_on (T, N, S), beliefs (T + 1, N, .), actions (T, N, .), rewards, logprobs, values, advantages,
-    returns, alive (T, N), hiddens (T / w, N, D). A minibatch holds all steps of some windows (of w steps, or whole
-    meta-episodes): encoder-p reads them anew each time.
+    returns, alive (T, N), hiddens (windows, N, D). A minibatch holds all w steps of some windows: encoder-p reads them
+    anew each time.
     """
     T = len(data["obs"])
-    w = min(args.policy_tbptt or T, T)
+    w = T // args.ppo_windows
     names = "obs acted_on actions rewards beliefs logprobs advantages returns alive values".split()
     b = {name: data[name][:T].unflatten(0, (-1, w)).transpose(0, 1).flatten(1, 2) for name in names}  # (w, windows, .)
     b["hiddens"] = data["hiddens"].flatten(0, 1)[None]
@@ -1007,7 +1010,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
     and all that learns from them; the environments' own stay in true_rewards.
     Returns a dict: obs, next_obs, acted_on (T, N, S), actions (T, N, .), rewards, true_rewards, raw_rewards,
     terminated, alive, success (T, N), beliefs (T + 1, N, .), task (N, G), normal (n,), env_seconds, the time spent in
-    `envs.step`, mixed (N, Z), the last m^, and hiddens (T / w, N, D) of encoder-p where PPO's windows start.
+    `envs.step`, mixed (N, Z), the last m^, and hiddens (windows, N, D) of encoder-p where PPO's start.
     acted_on: the state after the transition as the policy sees it, after an episode's end the next one's first state.
     """
     T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
@@ -1023,7 +1026,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
         alive=torch.ones(T, N, device=device, dtype=torch.bool),
         success=torch.zeros(T, N, device=device, dtype=torch.bool),
         beliefs=torch.zeros(T + 1, N, sum(agent.belief_sizes), device=device),
-        hiddens=torch.zeros(math.ceil(T / (args.policy_tbptt or T)), N, args.hidden_dim, device=device),
+        hiddens=torch.zeros(args.ppo_windows, N, args.hidden_dim, device=device),
     )
     normal, imagining, alpha = mixture or (torch.arange(N, device=device), None, None)
     env_seconds = 0.0
@@ -1047,8 +1050,8 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             data["beliefs"][t] = belief
             if t == T:
                 break
-            if args.policy_tbptt and t % args.policy_tbptt == 0:
-                data["hiddens"][t // args.policy_tbptt] = hidden
+            if t % (T // args.ppo_windows) == 0:
+                data["hiddens"][t * args.ppo_windows // T] = hidden
             data["obs"][t] = obs = obs + shift
             action = agent.act(obs, belief, deterministic)
             start = time.perf_counter()

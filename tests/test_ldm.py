@@ -205,13 +205,13 @@ def test_probe_of_imagined_tasks(monkeypatch):
 # ---------- The policy, end to end ----------
 
 
-def loop_beliefs(s, data, window=0):
-    """Encoder-p by its single step, from the prior, with gradients, none beyond a window: (T + 1, N, .)."""
+def loop_beliefs(s, data, starts=()):
+    """Encoder-p by its single step, from the prior, with gradients, or anew in windows from starts: (T + 1, N, .)."""
     hidden = torch.zeros(s.args.num_envs, s.args.hidden_dim)
     beliefs = [s.agent.encoder.belief(hidden)]
     for t in range(s.envs.meta_horizon):
-        if window and t % window == 0:
-            hidden = hidden.detach()
+        if len(starts) and t % (s.envs.meta_horizon // len(starts)) == 0:
+            hidden = starts[t * len(starts) // s.envs.meta_horizon]
             beliefs[-1] = s.agent.encoder.belief(hidden)
         last = t + 1 == s.envs.meta_horizon
         seen = data["next_obs"][t] if last else data["obs"][t + 1]
@@ -244,21 +244,22 @@ def test_a2c_gradient_equals_a_loop(policy_state, monkeypatch):
     assert all(taken[0][name].any() for name in taken[0] if "encoder" in name)
 
 
-@pytest.mark.parametrize("value_loss, window", [("huber", 0), ("mse", 0), ("huber", 2)])
-def test_ppo_gradient_equals_a_loop(value_loss, window, monkeypatch):
+@pytest.mark.parametrize("value_loss, windows", [("huber", 1), ("mse", 1), ("huber", 4)])
+def test_ppo_gradient_equals_a_loop(value_loss, windows, monkeypatch):
     """The clipped objective of one minibatch and its gradient, from old log-probabilities and values that differ; with
     windows from the hidden states of the rollout."""
-    s = setup(rl="ppo", value_loss=value_loss, update_epochs=1, clip_coef=0.2, policy_tbptt=window)
+    s = setup(rl="ppo", value_loss=value_loss, update_epochs=1, clip_coef=0.2, ppo_windows=windows)
     data, _ = imagined(s)
     data["alive"][5, 2] = False
     data["advantages"], data["returns"] = torch.randn(2, 8, 5)
     data["logprobs"], data["values"] = -1.6 + 0.3 * torch.randn(8, 5), torch.randn(9, 5)
+    data["hiddens"][1:] += 0.1  # not what the present weights would find
     taken = []
     monkeypatch.setattr(ldm, "descend", lambda optimizer, loss, *_: taken.append(gradients(loss, s.agent)))
     ldm.ppo_update(s.agent, None, data, 0.1, s.args)
     alive = data["alive"]
     advantages = (data["advantages"] - data["advantages"][alive].mean()) / data["advantages"][alive].std(correction=0)
-    beliefs, loss, clipped = loop_beliefs(s, data, window), 0, 0
+    beliefs, loss, clipped = loop_beliefs(s, data, data["hiddens"]), 0, 0
     for t, n in alive.nonzero().tolist():
         logprobs, value = s.agent.actor(beliefs[t, n]).log_softmax(-1), s.agent.critic(beliefs[t, n])[0]
         ratio, a = (logprobs[data["actions"][t, n]] - data["logprobs"][t, n]).exp(), advantages[t, n]
@@ -445,7 +446,8 @@ def test_rl2(tmp_path, monkeypatch):
 
 HARD = dict(
     GridWorldLDM=["--seed", "3", "--mix-dimensions", "--beta", "1.5", "--elbo-terms", "4"],
-    SparsePointRobot=["--seed", "2", "--obs-shift", "1", "--tbptt", "5", "--decode", "all", "--state-coef", "1"],
+    SparsePointRobot=["--seed", "2", "--obs-shift", "1", "--tbptt", "5", "--decode", "all", "--state-coef", "1"]
+    + ["--ppo-windows", "2"],
 )
 
 
@@ -463,7 +465,8 @@ def test_resume(env_id, tmp_path):
         ("--beta -0.5", "--beta"),
         ("--beta nan", "--beta"),
         ("--rl ppo --num-minibatches 3", "--num-minibatches 3"),
-        ("--rl ppo --policy-tbptt 7", "--policy-tbptt 7 does not divide"),
+        ("--rl ppo --ppo-windows 7", "--ppo-windows 7 does not divide"),
+        ("--rl ppo --ppo-windows 5 --num-minibatches 7", "--ppo-windows 5"),
         ("--env-id SparsePointRobot --oracle", "--oracle"),
         ("--env-id SparsePointRobot --reward-decoder bernoulli", "bernoulli"),
         ("--no-belief --oracle-context", "--oracle-context"),
@@ -536,12 +539,14 @@ def test_buffer_add(probability, tmp_path):
     assert later == 118 and abs(kept - probability * later) <= (22 if probability == 0.5 else 0)  # 4 deviations
 
 
-@pytest.mark.parametrize("context", ["--no-belief", "--oracle-context"])
-def test_floor_and_ceiling(context, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "context, rl", [("--no-belief", "ppo"), ("--oracle-context", "a2c"), ("--oracle-context", "ppo")]
+)
+def test_floor_and_ceiling(context, rl, tmp_path, monkeypatch):
     """The policy gets the state with zeros, or with the true task; nothing is imagined or learnt of it."""
     made, rollout = [], ldm.rollout
     monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
-    end = run(ldm, tmp_path, context, eval_interval=0)
+    end = run(ldm, tmp_path, context, "--rl", rl, "--ppo-windows", "2", eval_interval=0)
     for data in made:
         belief = data["task"] if context == "--oracle-context" else torch.zeros(len(data["task"]), 1)
         assert torch.equal(data["beliefs"], belief.expand_as(data["beliefs"]))
@@ -551,7 +556,7 @@ def test_floor_and_ceiling(context, tmp_path, monkeypatch):
 @pytest.mark.parametrize("env_id, rl", [("GridWorldLDM", "a2c"), ("GridWorldLDM", "ppo"), ("SparsePointRobot", "ppo")])
 def test_meta_device(env_id, rl, monkeypatch):
     """One iteration where tensors have shapes and no data: a second device, or a wait for numbers, raises."""
-    s, device = setup(env_id, standardise_inputs=True), torch.device("meta")
+    s, device = setup(env_id, standardise_inputs=True, ppo_windows=2), torch.device("meta")
     envs = make_envs(env_id, 5, device=device, horizon=4, episodes_per_task=2)
     with device:
         model = ldm.BeliefModel(s.args, envs)

@@ -519,7 +519,7 @@ EXCEPTIONS[ldm] = {
     "PRESETS": "its hyper-parameters",
     "LOCOMOTION": "its hyper-parameters",
     "SMALL": "no presets for small machines",
-    "check_args": "its own arguments; minibatches are whole meta-episodes; the policy needs no warm-up",
+    "check_args": "its own arguments; minibatches are whole windows; the policy needs no warm-up",
     "Agent": "the policy's own recurrent encoder; no embeddings (3.1)",
     "BeliefModel": "encoder-v, of one kind with the policy's (3.2)",
     "Decoder": "dropout's masks may differ from pair to pair",
@@ -535,6 +535,7 @@ EXCEPTIONS[dynamite_rl] = {
     "PRESETS": "its hyper-parameters",
     "SESSIONS": "its hyper-parameters",
     "SMALL": "its environments alone",
+    "SMALL_SESSIONS": "its weight of the KL",
     "check_args": "its own arguments",
     "Agent": "no embeddings, ReLU (appendix E); actor and critic may be clipped apart",
     "Encoder": "an MLP before the GRU (appendix E), conditioning",
@@ -568,11 +569,14 @@ EXCEPTIONS[laser] = {
     "train": "Algorithm 1",
 }
 LEFT_OUT = {  # what a script does without
-    dme: {"SESSIONS"},  # no presets of environments with sessions
-    ldm: {"META_WORLD", "SMALL_ML", "is_blind", "SESSIONS"},  # nor of Meta-World; nothing waits for the belief
+    dme: {"SESSIONS", "SMALL_SESSIONS"},  # no presets of environments with sessions
+    ldm: {  # nor of Meta-World; nothing waits for the belief
+        *("META_WORLD", "SMALL_ML", "is_blind", "SESSIONS", "SMALL_SESSIONS"),
+    },
     dynamite_rl: {"META_WORLD", "SMALL_ML", "LOCOMOTION"},  # no presets of environments without sessions
     laser: {  # no belief model of variBAD's kind, and no presets but its own
-        *("META_WORLD", "SMALL_ML", "LOCOMOTION", "SESSIONS", "is_blind", "Decoder", "MultiHeadDecoder", "BeliefModel"),
+        *("META_WORLD", "SMALL_ML", "LOCOMOTION", "SESSIONS", "SMALL_SESSIONS", "is_blind", "Decoder"),
+        *("MultiHeadDecoder", "BeliefModel"),
         *("kl_gaussians", "window", "reconstruction", "multihead_loss", "elbo", "real_posteriors", "average"),
         *("draw_posteriors", "update_belief", "rollout", "ranks", "leads", "share"),  # one process
     },

@@ -403,13 +403,13 @@ def joined(script, env_id):
     if script is dynamite_rl:
         s = test_dynamite.setup(env_id, **sizes, horizon=4, episodes_per_task=3, session_process="")
     else:
-        s = test_ldm.setup(env_id, **sizes) if script is ldm else setup(script, env_id, **sizes)
+        s = test_ldm.setup(env_id, **sizes, ppo_windows=2) if script is ldm else setup(script, env_id, **sizes)
     torch.manual_seed(5)
     batch, data = random_batch(s, B=4), random_batch(s, B=4)
     T = s.envs.meta_horizon
     data |= dict(logprobs=torch.randn(T, 4) - 1.5, values=torch.randn(T + 1, 4), advantages=torch.randn(T, 4))
     data |= dict(returns=torch.randn(T, 4), beliefs=torch.randn(T + 1, 4, sum(s.agent.belief_sizes)))
-    data |= dict(acted_on=data["next_obs"])
+    data |= dict(acted_on=data["next_obs"], hiddens=torch.randn(2, 4, s.args.hidden_dim))
     batch |= dict(session_end=torch.rand(T, 4) < 0.3)
     batch["session_end"][-1] = True
     return s, data, batch
