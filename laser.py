@@ -112,8 +112,10 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     value_loss: Literal["huber", "mse"] = "huber"  # huber: the authors' code, clipped values; mse: 1/2 squared error
     max_grad_norm: float = 0.5  # clip of the norm of a policy's gradient; 0 = off
-    norm_inputs: bool = True  # standardise the task policy's state and context (paper; off in the authors' code)
-    norm_reward: bool = True  # divide its rewards by the deviation of the discounted return, clip at 10 (likewise)
+    # On MEWA beta, zeta and these two are those of the authors' code: with the paper's values (1.5, -0.13, both on) the
+    # meta-reward of a step is three times the cost of one, and a policy learns to make episodes long.
+    norm_inputs: bool = False  # standardise the task policy's state and context (paper; off in the authors' code)
+    norm_reward: bool = False  # divide its rewards by the deviation of the discounted return, clip at 10 (likewise)
     policy_layers: tuple[int, ...] = (128, 128, 128)  # hidden layers (tanh) of actor and critic
     obs_embed: int = 64  # policies' embedding of the observation; of Gamma_t, too
     context_layers: tuple[int, ...] = (128, 128, 128)  # context extractor: layers (tanh) from c to the policy's input
@@ -161,8 +163,8 @@ class Args:
     xi: float = 0.05  # (7)
     nu: int = 250  # iterations between two copies of the task-reconstruction head to its target
     contrastive_warmup: int = 1_000  # iterations without the contrastive loss (the authors' code, not the paper)
-    beta: float = 1.5  # (2) weight of the meta-reward; the authors' code has 0.05
-    zeta: float = -0.13  # (3) threshold; the authors' code has -0.15
+    beta: float = 0.05  # (2) weight of the meta-reward (the authors' code; paper: 1.5)
+    zeta: float = -0.15  # (3) threshold (the authors' code; paper: -0.13)
     # The advantages depend on the policy's entropy (14); detached, no gradient flows that way. The authors' are not.
     detach_meta_reward: bool = False
     pfo_coef: float = 0.1  # weight of proximal feature optimisation
@@ -182,13 +184,14 @@ PRESETS = {
         task_iterations=9_000, belief_updates=2, belief_batch=10, buffer_size=1_000, nu=25, contrastive_warmup=10,
         sigma=0.01, beta=0.0, zeta=0.0, pfo_coef=0.0, update_epochs=2, num_minibatches=8, policy_layers=(256, 256, 128),
         context_layers=(256, 256, 128, 10), std_min=0.5, std_max=1.5, eval_episodes=1, eval_interval=500,
+        norm_inputs=True, norm_reward=True,
     ),
     "HopperMass": dict(
         horizon=400, explore_iterations=600, initial_iterations=30, task_iterations=2_500, belief_learning_rate=5e-4,
         belief_updates=2, belief_batch=10, buffer_size=2_000, nu=25, contrastive_warmup=15, sigma=0.003,
         explore_learning_rate=8e-5, survival_coef=0.01, learning_rate=6e-5, beta=0.0, zeta=0.0, pfo_coef=0.0,
         num_minibatches=8, policy_layers=(256, 256, 128), context_layers=(256, 256, 128, 10), eval_tasks=30,
-        eval_episodes=2, recompute=True,
+        eval_episodes=2, recompute=True, norm_inputs=True, norm_reward=True,
     ),
 }  # fmt: skip
 PRESETS |= dict.fromkeys(("ML1", "ML45"), PRESETS["ML10"])
@@ -206,7 +209,7 @@ SMALL = {
 }  # fmt: skip
 SMALL |= dict.fromkeys(("ML1", "ML45"), SMALL["ML10"])
 # Whatever else, and package.module:factory: sizes for a small machine, with --cuda, too (ours).
-YOUR_OWN = SMALL_SIZES | dict(horizon=0, episodes_per_task=0)
+YOUR_OWN = SMALL_SIZES | dict(horizon=0, episodes_per_task=0, norm_inputs=True, norm_reward=True)
 ENCODERS = (  # arguments that an encoder is made for
     "env_id horizon episodes_per_task meta_episodes belief_batch d_model num_layers num_heads feed_forward obs_embed "
     "explore_layers use_gamma_in_context mask_pads"

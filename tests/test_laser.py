@@ -25,12 +25,15 @@ SIZES = dict(
 )  # fmt: skip
 TINY = [word for name, x in SIZES.items() for word in (laser.flag(name), *map(str, x if type(x) is tuple else [x]))]
 TINY += "--belief-updates 2 --explore-iterations 3 --initial-iterations 1 --contrastive-warmup 1 --nu 2 ".split()
-TINY += "--task-iterations 3 --checkpoint-interval 2 --eval-interval 2 --eval-tasks 4".split()
+TINY += (
+    "--task-iterations 3 --checkpoint-interval 2 --eval-interval 2 --eval-tasks 4 --norm-inputs --norm-reward".split()
+)
 
 
 def setup(env_id="MEWA", **changes):
     """Arguments, environments (P tasks, Q meta-episodes of each), and all networks, their small codes made larger."""
-    args = laser.Args(**(laser.PRESETS.get(env_id, {}) | SIZES | dict(env_id=env_id) | changes))
+    norms = dict(env_id=env_id, norm_inputs=True, norm_reward=True)
+    args = laser.Args(**(laser.PRESETS.get(env_id, {}) | SIZES | norms | changes))
     laser.check_args(args)
     envs = make_envs(
         env_id, args.num_envs * args.meta_episodes, horizon=args.horizon, episodes_per_task=args.episodes_per_task
