@@ -32,8 +32,8 @@ TINY += (
 
 def setup(env_id="MEWA", **changes):
     """Arguments, environments (P tasks, Q meta-episodes of each), and all networks, their small codes made larger."""
-    norms = dict(env_id=env_id, norm_inputs=True, norm_reward=True)
-    args = laser.Args(**(laser.PRESETS.get(env_id, {}) | SIZES | norms | changes))
+    own = dict(env_id=env_id, norm_inputs=True, norm_reward=True)
+    args = laser.Args(**(laser.PRESETS.get(env_id, {}) | SIZES | own | changes))
     laser.check_args(args)
     envs = make_envs(
         env_id, args.num_envs * args.meta_episodes, horizon=args.horizon, episodes_per_task=args.episodes_per_task

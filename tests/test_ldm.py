@@ -253,6 +253,7 @@ def test_ppo_gradient_equals_a_loop(value_loss, windows, monkeypatch):
     data["alive"][5, 2] = False
     data["advantages"], data["returns"] = torch.randn(2, 8, 5)
     data["logprobs"], data["values"] = -1.6 + 0.3 * torch.randn(8, 5), torch.randn(9, 5)
+    torch.testing.assert_close(loop_beliefs(s, data, data["hiddens"]), loop_beliefs(s, data))  # the rollout's states
     data["hiddens"][1:] += 0.1  # not what the present weights would find
     taken = []
     monkeypatch.setattr(ldm, "descend", lambda optimizer, loss, *_: taken.append(gradients(loss, s.agent)))
