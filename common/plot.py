@@ -239,7 +239,8 @@ def draw_similarity(file, cosines, names):
     for axis, n in zip(axes.flat, chosen):
         image = axis.imshow(cosines[n], vmin=-1, vmax=1, cmap="RdBu_r")
         for (i, j), value in np.ndenumerate(cosines[n]):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+            colour = "white" if abs(value) > 0.6 else "black"  # where the map is dark
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
         axis.set_title(names[n], fontsize=9)
         axis.set_xticks([]), axis.set_yticks([])
     figure.suptitle("similarity of the episodes of an exploration meta-episode")
