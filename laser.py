@@ -835,7 +835,7 @@ def ppo_update(agent, optimizer, data, epochs, minibatches, clip_coef, args, met
     log = []
     for _ in range(epochs):
         for index in torch.randperm(len(rows), device=rows.device).tensor_split(minibatches):
-            if meta:  # the entropy of all steps decides about each one's advantage
+            if meta and args.beta:  # the entropy of all steps decides about each one's advantage
                 x = inputs(everything)
                 logprob, entropy, hidden = agent(x, b["actions"])
                 bonus = meta_bonus(weight, by_time(entropy), args)
@@ -990,11 +990,14 @@ def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
         caches = encoder.start(N)
         for slot in range(L):
             if slot % slots == 0:
-                tokens[:, slot, :S], valid[:, slot] = obs, True
+                tokens[:, slot, :S], valid[:, slot], idle = obs, True, False
             else:
                 t = slot - slot // slots - 1
                 data["obs"][t] = obs
-                action = explorer.act(obs, explorer.extract(gammas[:, slot - 1]), deterministic)
+                # All are done: nobody reads the slots until the next episode. (A GPU would be waited for.)
+                idle = device.type == "cpu" and args.mask_pads and not valid[:, slot - 1].any()
+                if not idle:
+                    action = explorer.act(obs, explorer.extract(gammas[:, slot - 1]), deterministic)
                 start = time.perf_counter()
                 obs, reward, terminated, _, info = envs.step(action)
                 env_seconds += time.perf_counter() - start
@@ -1004,7 +1007,7 @@ def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
                 valid[:, slot] = data["alive"][t]
                 token = torch.cat([info["final_obs"], read(action), reward[:, None]], -1)
                 tokens[:, slot] = token * valid[:, slot, None]
-            gammas[:, slot] = encoder.step(tokens[:, slot], slot, caches, valid)
+            gammas[:, slot] = 0 if idle else encoder.step(tokens[:, slot], slot, caches, valid)
     codes = gammas.view(N, -1, slots, args.d_model)[:, :, :-1].flatten(1, 2).transpose(0, 1)
     return data | dict(codes=codes, meta_episodes=args.meta_episodes, env_seconds=env_seconds)
 

@@ -129,10 +129,11 @@ def test_block_against_pytorch():
     torch.testing.assert_close(block(x, memory, seen), expected + block.net[2].bias, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mask_pads", [True, False])
-def test_online_equals_offline(mask_pads):
-    """Gamma from the caches, slot by slot in a rollout, is that of whole meta-episodes; idle slots among them."""
-    s = setup(horizon=50, mask_pads=mask_pads)
+@pytest.mark.parametrize("mask_pads, tasks", [(True, 3), (False, 3), (True, 1)])
+def test_online_equals_offline(mask_pads, tasks):
+    """Gamma from the caches, slot by slot in a rollout, is that of whole meta-episodes; idle slots among them, of some
+    environments, and, where there is one alone, of all."""
+    s = setup(horizon=50, mask_pads=mask_pads, num_envs=tasks, meta_episodes=4 if tasks > 1 else 1)
     data = laser.explore(s.envs, s.encoder, s.explorer, s.args)
     assert 0.4 < data["valid"].float().mean() < 0.9 and data["gammas"].std() > 0.1
     offline = s.encoder.gammas(data["tokens"], data["valid"])
@@ -411,11 +412,11 @@ def exploited(s, **changes):
     return data
 
 
-@pytest.mark.parametrize("detach", [True, False])
-def test_ppo_loss(detach, monkeypatch):
+@pytest.mark.parametrize("detach, beta", [(True, 5.0), (False, 5.0), (False, 0.0)])
+def test_ppo_loss(detach, beta, monkeypatch):
     """The task policy's loss in its second minibatch, by hand: advantages with the entropy of the policy of that
     moment, whose gradient counts unless detached; PFO; idle steps left out."""
-    s = setup(oracle_context=True, detach_meta_reward=detach, zeta=-1.0, beta=5.0)  # so that the meta-reward counts
+    s = setup(oracle_context=True, detach_meta_reward=detach, zeta=-1.0, beta=beta)  # so that the meta-reward counts
     [p.data.add_(0.3 * torch.randn_like(p)) for p in s.agent.parameters()]
     data = exploited(s)
     old, losses, order = copy.deepcopy(s.agent), [], []
