@@ -495,7 +495,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens (N, L, X), with the positions of their slots -> (N, L, D), by blocks of T-Fixup's initialisation."""
+    """Tokens (N, M, X), with the positions of their slots -> (N, M, D), by blocks of T-Fixup's initialisation."""
 
     def __init__(self, args, token_dim, slots):
         super().__init__()
@@ -512,9 +512,9 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 layer.weight.data *= scale * (2**0.5 if layer is block.qkv else 1)
 
-    def forward(self, tokens, mask):
-        """mask (N, 1, L or 1, L): True is seen."""
-        x = self.embed(tokens) + self.positions
+    def forward(self, tokens, slots, mask):
+        """slots (M,): the tokens' numbers in a meta-episode; mask (N, 1, M or 1, M): True is seen."""
+        x = self.embed(tokens) + self.positions[slots]
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, None, mask, use_reentrant=False)
@@ -569,11 +569,24 @@ class Encoder(nn.Module):
         seen[:, 0] = True
         return seen
 
+    def used(self, valid):
+        """Numbers of the slots (M,) that any of the sequences has, for what is idle in all need not be computed; which
+        of them may be attended to (N, 1, 1, M), and which have codes (N, M, 1). To count them waits for the device."""
+        seen, shown = self.seen(valid), self.shown(valid)
+        slots = seen.any(0).nonzero()[:, 0]
+        return slots, seen[:, None, None, slots], shown[:, slots]
+
+    def spread(self, codes, slots):
+        """codes (N, M, ..) of some slots, as float32 -> (N, L, ..), zeros at the others."""
+        whole = torch.zeros(len(codes), len(self.causal), *codes.shape[2:], device=codes.device)
+        return whole.index_copy(1, slots, codes.float())
+
     def gammas(self, tokens, valid):
         """f_u: tokens (N, L, X), valid (N, L) -> Gamma (N, L, D), each slot's from what came before it."""
+        slots, seen, shown = self.used(valid)
         with self.half():
-            codes = self.gamma_head(self.f_u(tokens, self.causal & self.seen(valid)[:, None, None]))
-        return codes.float() * self.shown(valid)
+            codes = self.gamma_head(self.f_u(tokens[:, slots], slots, self.causal[slots][:, slots] & seen))
+        return self.spread(codes * shown, slots)
 
     def start(self, num_envs):
         """Empty caches for `step`: (blocks, 2, N, heads, L, D / heads)."""
@@ -592,12 +605,15 @@ class Encoder(nn.Module):
 
     def latents(self, tokens, valid):
         """f_b -> Z (N, L, D), and the mean of each episode's output over its slots and units (N, K)."""
+        slots, seen, shown = self.used(valid)
         with self.half():
-            out = self.f_b(tokens, self.seen(valid)[:, None, None])
+            out = self.f_b(tokens[:, slots], slots, seen)
             Z = self.Z_head(out)
-        shown = self.shown(valid)
-        out = (out.float() * shown).mean(-1).unflatten(1, (self.episodes, -1))
-        return Z.float() * shown, out.sum(-1) / shown.squeeze(-1).unflatten(1, (self.episodes, -1)).sum(-1).clamp(min=1)
+        out, count = (
+            self.spread(x, slots).unflatten(1, (self.episodes, -1)).sum(-1)
+            for x in ((out.float() * shown).mean(-1), shown.squeeze(-1))
+        )
+        return self.spread(Z * shown, slots), out / count.clamp(min=1)
 
     def shared(self, pooled):
         """z, what the tasks of a batch have in common: pooled (B Q, K) -> (D,)."""
@@ -605,11 +621,11 @@ class Encoder(nn.Module):
 
     def context(self, Z, gammas, z, valid):
         """(9) c = h(z, Z_j, Gamma): Z, gammas (N, L, D), z (D,) -> (N, L, D)."""
+        slots, seen, shown = self.used(valid)
         with self.half():
-            mask = self.seen(valid)[:, None, None]
-            c = self.h_gamma(gammas, Z, mask) if self.use_gamma else Z
+            c = self.h_gamma(gammas[:, slots], Z[:, slots], seen) if self.use_gamma else Z[:, slots]
             c = self.h_z(c, self.z_embed(z).expand(len(c), 1, -1))
-        return c.float() * self.shown(valid)
+        return self.spread(c * shown, slots)
 
     def task_context(self, tokens, valid, gammas):
         """c of phase 2, with z^: (N, L, X), (N, L), (N, L, D) -> (N, L D)."""

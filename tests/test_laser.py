@@ -168,10 +168,39 @@ def test_idle_slots_do_not_count(mewa):
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert all(not codes[~valid].any() and codes[valid].any() for codes in (gammas, Z, c))
     mask = s.encoder.seen(valid)[:, None, None]
-    out = s.encoder.f_b(tokens, mask)
+    out = s.encoder.f_b(tokens, torch.arange(63), mask)
     for n, k in ((1, 0), (1, 1), (3, 2)):
         own = [out[n, t].mean() for t in range(21 * k, 21 * k + 21) if valid[n, t]]
         assert pooled[n, k].item() == pytest.approx(torch.stack(own).mean().item(), abs=1e-5)
+
+
+def every_slot(encoder, valid):
+    """In place of Encoder.used: all slots, as if none were idle in all sequences."""
+    slots = torch.arange(valid.shape[1], device=valid.device)
+    return slots, encoder.seen(valid)[:, None, None], encoder.shown(valid)
+
+
+def test_slots_that_none_has_are_left_out(mewa, monkeypatch):
+    """The encoder's loss and all of its gradients are those of transformers that run over every slot."""
+    s = mewa
+    batch = dict(tokens=s.batch["tokens"].clone(), valid=s.batch["valid"].clone())
+    for slots in (slice(17, 21), slice(21 + 9, 42), slice(62, 63)):
+        batch["valid"][:, :, slots] = False
+        batch["tokens"][:, :, slots] = 0
+    ran, run, results = [], laser.Block.forward, []
+    monkeypatch.setattr(
+        laser.Block, "forward", lambda self, x, *a, **b: ran.append(x.shape[1]) or run(self, x, *a, **b)
+    )
+    for choice in (laser.Encoder.used, every_slot):
+        monkeypatch.setattr(laser.Encoder, "used", choice)
+        torch.manual_seed(1)
+        s.encoder.zero_grad()
+        loss, _ = laser.encoder_loss(s.encoder, s.heads, s.target, batch, s.S, s.args)
+        loss.backward()
+        results.append([loss.detach()] + [p.grad.clone() for p in s.encoder.parameters()])
+    assert set(ran) == {63 - 4 - 12 - 1, 63}
+    assert all(x.abs().max() > 0 for x in results[0])
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
 
 
 def test_context(mewa):
@@ -620,7 +649,9 @@ def test_meta_device(env_id, monkeypatch):
         agent = laser.task_agent(s.args, s.S, s.space, L * 8)
     envs = make_envs(env_id, 12, device=device, horizon=12, episodes_per_task=3)
     envs.repeat = 4
-    monkeypatch.setattr(laser, "check_finite", lambda **_: None)  # these wait, once an update, on purpose
+    # These wait, some times an update, on purpose.
+    monkeypatch.setattr(laser, "check_finite", lambda **_: None)
+    monkeypatch.setattr(laser.Encoder, "used", every_slot)
     data = laser.explore(envs, encoder, explorer, s.args)
     target = copy.deepcopy(heads.task_rec)
     buffer = laser.Buffer(6, envs)
