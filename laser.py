@@ -197,15 +197,16 @@ PRESETS = {
 PRESETS |= dict.fromkeys(("ML1", "ML45"), PRESETS["ML10"])
 SMALL_SIZES = dict(  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
     meta_episodes=4, d_model=32, num_layers=2, num_heads=4, feed_forward=128, belief_batch=4, belief_updates=8,
-    explore_iterations=300, initial_iterations=60, task_iterations=2_000, contrastive_warmup=30, nu=10,
-    belief_learning_rate=1e-3, explore_learning_rate=3e-4, buffer_size=1_000, recompute=False,
+    explore_iterations=300, initial_iterations=60, task_iterations=4_000, contrastive_warmup=30, nu=10,
+    belief_learning_rate=1e-3, explore_learning_rate=3e-4, buffer_size=1_000, recompute=False, learning_rate=3e-4,
+    exploit_episodes=2, eval_interval=200,
 )  # fmt: skip
 SMALL = {
     "MEWA": SMALL_SIZES,
     "ML10": SMALL_SIZES | dict(explore_iterations=30, initial_iterations=5, contrastive_warmup=3, eval_tasks=10,
-        belief_updates=4, task_iterations=500, learning_rate=3e-4),
+        belief_updates=4, exploit_episodes=5, task_iterations=300, eval_interval=50),
     "HopperMass": SMALL_SIZES | dict(explore_iterations=60, initial_iterations=10, contrastive_warmup=5,
-        belief_updates=4, belief_batch=2, task_iterations=1_000, learning_rate=3e-4, eval_episodes=2),
+        belief_updates=4, belief_batch=2, exploit_episodes=5, task_iterations=300, eval_interval=50),
 }  # fmt: skip
 SMALL |= dict.fromkeys(("ML1", "ML45"), SMALL["ML10"])
 # Whatever else, and package.module:factory: sizes for a small machine, with --cuda, too (ours).
