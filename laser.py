@@ -1594,7 +1594,8 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
     signals = []  # the first SIGINT or SIGTERM ends the run after this iteration, saved; the second one at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: os._exit(128 + n) if signals else signals.append(n))
-    progress = tqdm(total=iterations, initial=iteration, unit=" iterations", mininterval=1)
+    done, total = (iteration, phase_1) if iteration < phase_1 else (iteration - phase_1, iterations - phase_1)
+    progress = tqdm(total=total, initial=done, unit=" iterations", mininterval=1)  # of one phase, then of the other
     started, first_step, results, details, stop = time.time(), global_step, {}, None, False
     first_iteration = iteration
 
@@ -1625,10 +1626,12 @@ def train(args, envs, exploit_envs, many_envs, eval_envs, device, folder, state)
                 iterations = iteration
 
             progress.update()
-            progress.set_description("phase 1" if exploring else "phase 2", refresh=False)
+            progress.set_description("phase 1" if iteration < phase_1 else "phase 2", refresh=False)
+            if iteration == phase_1 < iterations:
+                progress.reset(iterations - phase_1)
             if exploring and iteration == first_iteration + 5:
                 seconds = (time.time() - started) / 5 * (phase_1 - iteration)
-                tqdm.write(f"phase 1 will take another {seconds / 3600:.1f} h, as its first iterations go")
+                tqdm.write(f"phase 1 will take another {tqdm.format_interval(seconds)}, as its first iterations go")
             if global_step // LOG_EVERY > before // LOG_EVERY or iteration in (phase_1, iterations):
                 scalars |= {f"losses/{key}": value for key, value in losses.items()}
                 scalars = {key: float(value) for key, value in scalars.items()}
