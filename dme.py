@@ -71,7 +71,7 @@ class Args:
     # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
     env_id: str = "GridWorld"
     seed: int = 1  # of tasks, networks and actions
-    cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
+    cuda: bool = False  # train on the GPU, with the paper's sizes and steps where a CPU's preset has its own
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     total_timesteps: int = 20_000_000  # environment steps, summed over environments
     num_envs: int = 16  # environments stepped together (N)

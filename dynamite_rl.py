@@ -76,7 +76,7 @@ class Args:
     # ScratchItch, any of varibad.py's (a meta-episode is one session then), or package.module:factory.
     env_id: str = "GridWorldAlternating"
     seed: int = 1  # of tasks, networks and actions
-    cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
+    cuda: bool = False  # train on the GPU, with the paper's sizes and steps where a CPU's preset has its own
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     total_timesteps: int = 20_000_000  # environment steps, summed over environments (ours)
     num_envs: int = 16  # environments stepped together (N)

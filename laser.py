@@ -9,7 +9,7 @@ meta-episode becomes the context c, on which a task policy trains, with a meta-r
 Shapes: T steps of a rollout, N environments, S observation, A action, D units of the transformers, K episodes of H
 steps in a meta-episode, Q meta-episodes of a task, B tasks of a batch. Encoders read L = K (H + 1) tokens x = (s,
 previous a, previous r), of X numbers: slot k (H + 1) has the first state of episode k, the slots of idle steps are
-zeros, and not `valid`. Rollouts are time-major (T, N, .), tokens are (N, L, X).
+zeros, and not `valid`; M slots are not idle in all of a batch. Rollouts are time-major (T, N, .), tokens are (N, L, X).
 
     python laser.py --env-id MEWA --cuda               # every preset is a default: --help shows it
     python laser.py --env-id MEWA --oracle-context     # phase 2 alone, the true task for a context (section 5.3)
@@ -78,7 +78,7 @@ class Args:
     # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory without sessions.
     env_id: str = "MEWA"
     seed: int = 1  # of tasks, networks and actions
-    cuda: bool = False  # train on the GPU, with the paper's sizes where a CPU's preset has smaller ones
+    cuda: bool = False  # train on the GPU, with the paper's sizes and steps where a CPU's preset has its own
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     total_timesteps: int = 0  # environment steps of both phases, at most; 0 = what their iterations take
     num_envs: int = 12  # tasks of an iteration (P), of both phases (ours; it fits the paper's numbers of MEWA's steps)
@@ -148,7 +148,8 @@ class Args:
     task_iterations: int = 10_000  # of phase 2 (N_task)
     explored: str = ""  # checkpoint of a run whose phase 1 is over: encoder and exploration policy come from there
     meta_episodes: int = 20  # of a task (Q)
-    exploit_episodes: int = 5  # of the task policy in each of an iteration's tasks (the authors' code; paper: open)
+    # Of the task policy in each of an iteration's tasks: 5 in the authors' code; 2 in MEWA's small preset (ours).
+    exploit_episodes: int = 5
     eval_episodes: int = 20  # of it in each evaluation task, with the same context; their mean counts
     sigma: float = 0.025  # (4)
     # (4) code: exp(-w^2 / (2 sigma^2)), w the mean similarity to the episodes before, and nothing for the first; paper:
@@ -195,7 +196,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 PRESETS |= dict.fromkeys(("ML1", "ML45"), PRESETS["ML10"])
-SMALL_SIZES = dict(  # what fits a machine without a GPU, laid over the preset unless --cuda; ours
+SMALL_SIZES = dict(  # what fits a machine without a GPU and learns there in minutes, unless --cuda; ours
     meta_episodes=4, d_model=32, num_layers=2, num_heads=4, feed_forward=128, belief_batch=4, belief_updates=8,
     explore_iterations=300, initial_iterations=60, task_iterations=4_000, contrastive_warmup=30, nu=10,
     belief_learning_rate=1e-3, explore_learning_rate=3e-4, buffer_size=1_000, recompute=False, learning_rate=3e-4,
@@ -478,7 +479,7 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def attend(self, x, keys, values, mask):
-        """Queries of x (N, L, D), keys and values (N, heads, M, .), mask bool (N, 1, L or 1, M): True is seen."""
+        """Queries of x (N, L, D), keys and values (N, heads, L', .), mask bool (N, 1, L or 1, L'): True is seen."""
         size = x.shape[-1]
         queries = self.split(F.linear(x, self.qkv.weight[:size], self.qkv.bias[:size]))
         seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
@@ -486,12 +487,12 @@ class Block(nn.Module):
         return x + self.net(x)
 
     def memory(self, x):
-        """Keys and values of x (N, M, D), each (N, heads, M, .)."""
+        """Keys and values of x (N, L', D), each (N, heads, L', .)."""
         size = x.shape[-1]
         return [self.split(y) for y in F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, -1)]
 
     def forward(self, x, memory=None, mask=None):
-        """x (N, L, D), memory (N, M, D), x itself if None -> (N, L, D)."""
+        """x (N, L, D), memory (N, L', D), x itself if None -> (N, L, D)."""
         return self.attend(x, *self.memory(x if memory is None else memory), mask)
 
 
@@ -546,8 +547,8 @@ class Encoder(nn.Module):
         super().__init__()
         size, self.episodes, self.slots = args.d_model, args.episodes_per_task, args.horizon + 1
         self.mask_pads, self.use_gamma, self.bfloat16 = args.mask_pads, args.use_gamma_in_context, args.cuda
-        length = self.episodes * self.slots
-        self.f_u, self.f_b = (Transformer(args, token_dim, length) for _ in range(2))
+        self.length, self.fixed_shapes = self.episodes * self.slots, args.compile
+        self.f_u, self.f_b = (Transformer(args, token_dim, self.length) for _ in range(2))
         pooled = args.belief_batch * args.meta_episodes * self.episodes
         self.gamma_head, self.Z_head = (mlp([size, 64, size], nn.Tanh) for _ in range(2))
         self.z_head = mlp([pooled, 64, size], nn.Tanh)  # of all episodes of a batch: B, Q and K are fixed
@@ -558,7 +559,6 @@ class Encoder(nn.Module):
         sizes = size, args.num_heads, args.feed_forward
         self.h_gamma, self.h_z, self.z_embed = Block(*sizes), Block(*sizes), nn.Linear(size, size, bias=False)
         self.register_buffer("z_hat", torch.zeros(size))  # z of phase 2: a mean over batches, after phase 1
-        self.register_buffer("causal", torch.ones(length, length, dtype=torch.bool).tril(), persistent=False)
 
     def half(self):
         """Blocks run in bfloat16 on a GPU; all that is compared or summed is float32."""
@@ -571,28 +571,29 @@ class Encoder(nn.Module):
         return seen
 
     def used(self, valid):
-        """Numbers of the slots (M,) that any of the sequences has, for what is idle in all need not be computed; which
-        of them may be attended to (N, 1, 1, M), and which have codes (N, M, 1). To count them waits for the device."""
+        """The slots (M,) to compute: the first, and those that are valid in any of the sequences, for what is idle in
+        all has no codes; all of them without mask_pads, or compiled. With their masks of attention (N, 1, 1, M) and of
+        codes (N, M, 1). Waits for the device."""
         seen, shown = self.seen(valid), self.shown(valid)
-        slots = seen.any(0).nonzero()[:, 0]
+        slots = (seen.any(0) | self.fixed_shapes).nonzero()[:, 0]
         return slots, seen[:, None, None, slots], shown[:, slots]
 
     def spread(self, codes, slots):
         """codes (N, M, ..) of some slots, as float32 -> (N, L, ..), zeros at the others."""
-        whole = torch.zeros(len(codes), len(self.causal), *codes.shape[2:], device=codes.device)
-        return whole.index_copy(1, slots, codes.float())
+        whole = torch.zeros(len(codes), self.length, *codes.shape[2:], device=codes.device)
+        return whole.index_copy_(1, slots, codes.float())
 
     def gammas(self, tokens, valid):
         """f_u: tokens (N, L, X), valid (N, L) -> Gamma (N, L, D), each slot's from what came before it."""
         slots, seen, shown = self.used(valid)
         with self.half():
-            codes = self.gamma_head(self.f_u(tokens[:, slots], slots, self.causal[slots][:, slots] & seen))
+            codes = self.gamma_head(self.f_u(tokens[:, slots], slots, (slots <= slots[:, None]) & seen))
         return self.spread(codes * shown, slots)
 
     def start(self, num_envs):
         """Empty caches for `step`: (blocks, 2, N, heads, L, D / heads)."""
-        block, device = self.f_u.blocks[0], self.causal.device
-        shape = len(self.f_u.blocks), 2, num_envs, block.num_heads, len(self.causal), len(self.z_hat) // block.num_heads
+        block, device = self.f_u.blocks[0], self.z_hat.device
+        shape = len(self.f_u.blocks), 2, num_envs, block.num_heads, self.length, len(self.z_hat) // block.num_heads
         return torch.zeros(shape, device=device, dtype=torch.bfloat16 if self.bfloat16 else torch.float32)
 
     def step(self, token, slot, caches, valid):
@@ -610,11 +611,9 @@ class Encoder(nn.Module):
         with self.half():
             out = self.f_b(tokens[:, slots], slots, seen)
             Z = self.Z_head(out)
-        out, count = (
-            self.spread(x, slots).unflatten(1, (self.episodes, -1)).sum(-1)
-            for x in ((out.float() * shown).mean(-1), shown.squeeze(-1))
-        )
-        return self.spread(Z * shown, slots), out / count.clamp(min=1)
+        means = self.spread((out.float() * shown).mean(-1), slots).unflatten(1, (self.episodes, -1))  # (N, K, H + 1)
+        count = self.shown(valid).squeeze(-1).unflatten(1, (self.episodes, -1)).sum(-1)  # (N, K)
+        return self.spread(Z * shown, slots), means.sum(-1) / count.clamp(min=1)
 
     def shared(self, pooled):
         """z, what the tasks of a batch have in common: pooled (B Q, K) -> (D,)."""
@@ -816,7 +815,7 @@ def ppo_update(agent, optimizer, data, epochs, minibatches, clip_coef, args, met
 
     data: obs (T, N, S), actions (T, N, .), rewards, terminated, alive (T, N), and Gamma_t (T, N, D) or the contexts
     (P, C) of groups of neighbouring environments. meta: for the task policy, with meta-reward (2) and PFO. Its
-    advantages depend on the policy, so that they are found anew for each minibatch (14).
+    advantages depend on the policy, so that they are found anew for each minibatch (14), unless beta is 0.
     """
     T, N = data["alive"].shape
     rows = real_rows(data["alive"])
@@ -1011,7 +1010,8 @@ def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
             else:
                 t = slot - slot // slots - 1
                 data["obs"][t] = obs
-                # All are done: nobody reads the slots until the next episode. (A GPU would be waited for.)
+                # All are idle: these slots' codes are masked, and environments ignore the action, here the last one.
+                # (A GPU would be waited for.)
                 idle = device.type == "cpu" and args.mask_pads and not valid[:, slot - 1].any()
                 if not idle:
                     action = explorer.act(obs, explorer.extract(gammas[:, slot - 1]), deterministic)
