@@ -733,6 +733,17 @@ def test_seeds_and_evaluation(trained, tmp_path):
     assert rows == metrics(tmp_path / "again") and len(rows) > 60
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compile(trained, tmp_path):
+    """Phase 1 learns the same with compiled transformers, but for rounding."""
+    run(tmp_path / "run", "--compile", "--task-iterations", 0)
+    found, expected = (
+        [float(value) for _, key, value in metrics(folder) if key.startswith("losses/encoder_")]
+        for folder in (tmp_path / "run", trained[0])
+    )
+    assert len(found) == 18 and found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
 IDLE = "--horizon 30 --num-envs 1 --meta-episodes 1 --belief-batch 1".split()  # episodes that end before their slots
 
 
