@@ -9,7 +9,8 @@ meta-episode becomes the context c, on which a task policy trains, with a meta-r
 Shapes: T steps of a rollout, N environments, S observation, A action, D units of the transformers, K episodes of H
 steps in a meta-episode, Q meta-episodes of a task, B tasks of a batch. Encoders read L = K (H + 1) tokens x = (s,
 previous a, previous r), of X numbers: slot k (H + 1) has the first state of episode k, the slots of idle steps are
-zeros, and not `valid`; M slots are valid in some sequence of a batch. Rollouts are time-major (T, N, .), tokens (N, L, X).
+zeros, and not `valid`; M slots are valid in some sequence of a batch. Rollouts are time-major (T, N, .), tokens are
+(N, L, X).
 
     python laser.py --env-id MEWA --cuda               # every preset is a default: --help shows it
     python laser.py --env-id MEWA --oracle-context     # phase 2 alone, the true task for a context (section 5.3)
