@@ -126,6 +126,11 @@ def test_exact_values(model):
     known = [-1.8065, -1.8473, -1.8898, -2.7145, -3.2817, -4.3725, -4.5897, -5.4179, -5.1354, -7.3251, -9.1337, -9.9013]
     np.testing.assert_allclose(agnostic, known, atol=1e-4, rtol=0)
     np.testing.assert_allclose(worth(model, TASKS[5], solve(model, TASKS[5])[1]), found["optimal"][5])
+    # The scores that the README sets beside laser.py's: of coins, and of the best policy for the mean training task.
+    low, high = -6.7313, -3.6137
+    trained = [worth(model, p, solve(model, np.array(MEAN))[1]) for p in TASKS]
+    assert (np.mean(agnostic) - low) / (high - low) == pytest.approx(0.624, abs=5e-4)
+    assert (np.mean(trained) - low) / (high - low) == pytest.approx(0.731, abs=5e-4)
 
 
 # ---------- The environment ----------
