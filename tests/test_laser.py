@@ -796,16 +796,8 @@ def test_floor_and_ceiling(context, tmp_path, monkeypatch):
 @pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot", "HopperMass"])
 def test_other_environments(env_id, tmp_path):
     """Discrete and continuous actions, and returns that are finite; Hopper falls in some twenty steps."""
-    run(
-        tmp_path,
-        "--env-id",
-        env_id,
-        "--eval-tasks",
-        3,
-        "--horizon",
-        80 if env_id == "HopperMass" else 12,
-        eval_interval=0,
-    )
+    horizon = 80 if env_id == "HopperMass" else 12
+    run(tmp_path, "--env-id", env_id, "--eval-tasks", 3, "--horizon", horizon, eval_interval=0)
     assert all(math.isfinite(float(value)) for _, _, value in metrics(tmp_path)[1:])
 
 
