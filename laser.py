@@ -59,8 +59,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.envs import SPLITS, BadInput, make_envs
+from common.envs.workers import WorkerError, cores
 from common.plot import draw_contexts, draw_curves, draw_similarity
-from common.workers import WorkerError, cores
 
 SCRIPT = Path(__file__).stem
 LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen

@@ -47,9 +47,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.envs import SPLITS, BadInput, make_envs
+from common.envs.workers import WorkerError
 from common.gru import GRU
 from common.plot import draw_grid_belief, draw_returns
-from common.workers import WorkerError
 
 SCRIPT = Path(__file__).stem
 LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen

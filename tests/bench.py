@@ -39,7 +39,7 @@ def physics(pipe, families):
     """
     import mujoco
 
-    from common.metaworld import benchmark_tasks, make_sawyer
+    from common.envs.metaworld import benchmark_tasks, make_sawyer
 
     _, tasks = benchmark_tasks("ML10", "", 1)
     task = {family: task for family, _, task in tasks["train"]}
@@ -75,7 +75,7 @@ def bench_metaworld(seconds, num_envs=20, horizon=500):
 
     import torch
 
-    from common.metaworld import benchmark_tasks, make_metaworld
+    from common.envs.metaworld import benchmark_tasks, make_metaworld
 
     torch.set_num_threads(1)
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""MEWA in plain Python, one step at a time, as the rules read: what common/mewa.py is tested and timed against.
+"""MEWA in plain Python, one step at a time, as the rules read: what common/envs/mewa.py is tested and timed against.
 
 A state is a tuple: for each of the colours orange, blue, green, red the blocks left, the blocks in its structure,
 whether there was a mistake, whether one has been completed.

@@ -419,7 +419,7 @@ def test_sizes_that_are_not_given():
 
 
 FACTORY = """
-from common.gridworld import GridWorld
+from common.envs.gridworld import GridWorld
 
 def small(num_envs, split, seed, device, horizon=3, episodes_per_task=2):
     return GridWorld(num_envs, split, seed, device, horizon, episodes_per_task)

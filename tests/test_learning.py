@@ -8,7 +8,7 @@ import torch
 
 import dme
 import varibad
-from common.gridworld import GridWorld
+from common.envs.gridworld import GridWorld
 from tests.test_belief import SCRIPTS, signals  # noqa: F401
 
 KLS = {varibad: dict(kl_coef=0.01), dme: dict(beta_w=0.01, beta_y=0.005, beta_z=0.01)}

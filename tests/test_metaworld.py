@@ -1,4 +1,4 @@
-"""common/metaworld.py against metaworld itself: the same tasks, observations, rewards, successes, to the last bit."""
+"""envs/metaworld.py against metaworld itself: the same tasks, observations, rewards, successes, to the last bit."""
 
 import pickle
 
@@ -11,7 +11,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS, ML10_V3, ML45_V3
 from scipy.spatial.transform import Rotation
 
 from common.envs import BadInput, make_envs
-from common.metaworld import _Rotation, benchmark_tasks, fast_class, known_ids, make_metaworld, make_sawyer
+from common.envs.metaworld import _Rotation, benchmark_tasks, fast_class, known_ids, make_metaworld, make_sawyer
 
 ML10_FAMILIES = [*ML10_V3["train"], *ML10_V3["test"]]
 # Others whose code differs: hands that families reset themselves, physics inside resets, two objects, own rewards.

@@ -1,4 +1,4 @@
-"""common/mewa.py against recorded episodes and its rules in plain Python, and the exact values of what scores mean.
+"""envs/mewa.py against recorded episodes and its rules in plain Python, and the exact values of what scores mean.
 
 mewa_reference.json, out of the environment of Stoican et al. (2023): `trajectories`, an episode of random actions for
 each of the tasks in which a mistake is certain or impossible; `values` are the rewards that its digits stand for; and
@@ -16,7 +16,7 @@ import torch
 import ldm
 import varibad
 from common.envs import BadInput, make_envs
-from common.mewa import DEVIATION, MEAN, REFERENCES, TEST_TASKS
+from common.envs.mewa import DEVIATION, MEAN, REFERENCES, TEST_TASKS
 from tests import mewa_plain as plain
 from tests.test_scripts import ALL, metrics, resume_equals_straight, run
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from common.envs import make_envs
-from common.scratchitch import ScratchItch, first_pose, make_model
+from common.envs.scratchitch import ScratchItch, first_pose, make_model
 from tests.test_video import renderer  # noqa: F401
 
 MODELS = {"man": make_model(), "woman": make_model(woman=True)}

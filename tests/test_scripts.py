@@ -26,7 +26,7 @@ import laser
 import ldm
 import varibad
 from common.envs import BadInput, make_envs
-from common.gridworld import GridWorld
+from common.envs.gridworld import GridWorld
 from tests.test_belief import SCRIPTS, signals  # noqa: F401
 
 ALL = pytest.mark.parametrize("script", [varibad, dme, ldm, dynamite_rl], ids=lambda module: module.__name__)

@@ -14,9 +14,9 @@ import torch
 
 import varibad
 from common.envs import BadInput, make_envs
-from common.gridworld import GridWorldAlternating
-from common.locomotion_sessions import HalfCheetahDirSessions, Reacher
-from common.sessions import session_ends, two_contexts
+from common.envs.gridworld import GridWorldAlternating
+from common.envs.locomotion_sessions import HalfCheetahDirSessions, Reacher
+from common.envs.sessions import session_ends, two_contexts
 from tests.test_scripts import resume_equals_straight
 
 MUJOCO = ["Reacher", "HalfCheetahDirSessions", "HalfCheetahVelSessions", "HalfCheetahWindVelSessions"]
@@ -128,7 +128,7 @@ def test_two_contexts():
         ("GridWorld", dict(sessions=4), ["sessions 4", "GridWorld"]),
         ("AntGoal", dict(session_process="fixed"), ["session_process fixed", "AntGoal"]),
         ("ML1-reach", dict(sessions=2), ["sessions 2", "ML1-reach"]),
-        ("common.gridworld:GridWorld", dict(sessions=4), ["sessions 4", "common.gridworld:GridWorld"]),
+        ("common.envs.gridworld:GridWorld", dict(sessions=4), ["sessions 4", "common.envs.gridworld:GridWorld"]),
     ],
 )
 def test_bad_input(env_id, wrong, named):
@@ -518,7 +518,7 @@ def test_options():
 @pytest.mark.parametrize("env_id", ["Reacher", "HalfCheetahVelSessions"])
 def test_session_starts(env_id):
     """A session begins with Gymnasium's first states, new ones each time, or where the last one ended."""
-    factory = getattr(__import__("common.locomotion_sessions", fromlist=[env_id]), env_id)
+    factory = getattr(__import__("common.envs.locomotion_sessions", fromlist=[env_id]), env_id)
     noise_v = {"Reacher": 0.005 / 3**0.5, "HalfCheetahVelSessions": 0.1}[env_id]
     joints = {"Reacher": 2, "HalfCheetahVelSessions": 9}[env_id]  # after them: the model's own target
     for reset_state in (True, False):

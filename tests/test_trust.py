@@ -200,7 +200,7 @@ def test_nothing_moves_where_the_gradient_is_not_finite(script):
 def test_the_command_says_so(tmp_path):
     """An environment that gives a NaN: one line, status 1, no traceback."""
     (tmp_path / "mine.py").write_text(
-        "from common.gridworld import GridWorld\n"
+        "from common.envs.gridworld import GridWorld\n"
         "class Bad(GridWorld):\n"
         "    def move(self, action):\n"
         "        obs, reward, success = super().move(action)\n"
@@ -221,7 +221,7 @@ def test_the_command_says_so(tmp_path):
 def test_a_worker_that_fails(script, fault, says, tmp_path):
     """In the third iteration: status 1, the environment and its family by name, no process left, checkpoint intact."""
     (tmp_path / "mine.py").write_text(
-        "import os\nimport gymnasium, numpy as np\nfrom common.workers import WorkerVectorEnv\n"
+        "import os\nimport gymnasium, numpy as np\nfrom common.envs.workers import WorkerVectorEnv\n"
         "class Walk(gymnasium.Env):\n"
         "    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float64)\n"
         "    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)\n"

@@ -12,8 +12,8 @@ from PIL import Image, ImageSequence
 
 import varibad
 from common.envs import BadInput
-from common.film import drawing_context
-from common.metaworld import MetaWorldEnvs, benchmark_tasks, make_sawyer
+from common.envs.film import drawing_context
+from common.envs.metaworld import MetaWorldEnvs, benchmark_tasks, make_sawyer
 from tests.test_belief import signals  # noqa: F401
 from tests.test_scripts import run
 

@@ -1,4 +1,4 @@
-"""common/workers.py with toy environments: the protocol, reproducibility, and every way in which a worker can fail."""
+"""envs/workers.py with toy environments: the protocol, reproducibility, and every way in which a worker can fail."""
 
 import gc
 import glob
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
 
-from common.workers import WorkerError, WorkerVectorEnv
+from common.envs.workers import WorkerError, WorkerVectorEnv
 
 
 class Walk(gymnasium.Env):

@@ -14,7 +14,7 @@ import types
 from functools import cache, lru_cache, partial
 from unittest import mock
 
-from common.film import Film, mujoco  # first: it explains what goes wrong when mujoco is imported, as metaworld does
+from common.envs.film import Film, mujoco  # first: it explains why importing mujoco, as metaworld does, may fail
 
 # isort: split
 import numpy as np
@@ -24,7 +24,8 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils import reward_utils
 
-from common.workers import WorkerVectorEnv
+from common.envs.protocol import SPLITS, BadInput
+from common.envs.workers import WorkerVectorEnv
 
 MAX_HORIZON = 500  # metaworld's environments refuse a longer episode
 
@@ -53,8 +54,6 @@ def make_metaworld(
     info["task"], (N, G): one-hot code of the family (over train and test; none for ML1), then the goal's coordinates.
     Raises BadInput for anything unknown.
     """
-    from common.envs import SPLITS, BadInput  # not above: the workers import this module, and have no use for torch
-
     horizon = MAX_HORIZON if horizon is None else horizon
     episodes_per_task = 3 if episodes_per_task is None else episodes_per_task
     benchmark, _, family = env_id.partition("-")

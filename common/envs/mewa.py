@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from gymnasium.spaces import Discrete
 
-from common.envs import BadInput, TensorEnvs, generator
-from common.sessions import FOR_TASKS
+from common.envs.protocol import BadInput, TensorEnvs, generator
+from common.envs.sessions import FOR_TASKS
 
 COLOURS = ("orange", "blue", "green", "red")
 GOALS = (3, 1, 2)  # red, blue, green; then orange, with which the castle is complete
@@ -28,7 +28,7 @@ SHORTEST = 12  # steps of an episode without a mistake
 MEAN = (0.3821256458759308, 0.27761128544807434, 0.18698181211948395, 0.09432228654623032)
 DEVIATION = 0.12
 TRAIN_TASKS = 3000
-FOR_MISTAKES = 4  # the last part of a key of `generator`, as in common/sessions.py
+FOR_MISTAKES = 4  # the last part of a key of `generator`, as in common/envs/sessions.py
 REPEATS = 9  # of each test task in an evaluation, as in the paper: a single episode says little
 TEST_TASKS = (  # Table 3, to all digits; the last six are out of the training distribution
     (0.0, 0.0, 0.0, 0.0),

@@ -36,16 +36,13 @@ from types import SimpleNamespace
 import numpy as np
 from gymnasium.spaces import Box
 
-
-class WorkerError(RuntimeError):
-    """An environment raised, died or hung, in one sentence that names it; the worker's traceback is its note."""
-
+from common.envs.protocol import WorkerError, check_tasks, cores, uniforms
 
 # ---------- The parent's side ----------
 
 
 class WorkerVectorEnv:
-    """N environments in lockstep, in W worker processes; the protocol is that of common/envs.py.
+    """N environments in lockstep, in W worker processes; the protocol is that of common/envs/protocol.py.
 
     families: dict name -> picklable callable that makes an environment of the family; all families of the benchmark,
         whatever the split: the ground truth begins with a one-hot code over them (left out where there is one).
@@ -102,8 +99,6 @@ class WorkerVectorEnv:
     def reset(self, tasks=None):
         """A new meta-episode. tasks: N names out of `envs.tasks`; None draws. Returns obs (N, S), info: task (N, G)."""
         import torch
-
-        from common.envs import check_tasks, uniforms
 
         if tasks is None:
             u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)
@@ -254,12 +249,6 @@ def _stop(workers):
         except subprocess.TimeoutExpired:
             worker.process.kill()
             worker.process.wait()
-
-
-def cores():
-    """Our share of the cores: torchrun starts several processes on a machine."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _spaces_of(make):

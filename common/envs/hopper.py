@@ -23,8 +23,8 @@ import copy
 
 import numpy as np
 
-from common.locomotion import Locomotion, square
-from common.sessions import named_draws
+from common.envs.locomotion import Locomotion, square
+from common.envs.sessions import named_draws
 
 BASE = 1.5
 VARIED = ("body_mass", "body_inertia", "geom_friction", "dof_damping")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
-from common.envs import TensorEnvs
+from common.envs.protocol import TensorEnvs
 
 RADIUS = 0.2  # of the disc around the goal in which there is a reward
 ANGLES = [(i + 0.5) * math.pi / 24 for i in range(24)]  # the fixed evaluation goals

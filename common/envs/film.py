@@ -9,15 +9,13 @@ from unittest import mock
 
 import numpy as np
 
+from common.envs.protocol import BadInput
+
 try:
     import mujoco
 except Exception as error:  # importing mujoco loads the renderer that MUJOCO_GL names
     if not os.environ.get("MUJOCO_GL"):
         raise
-    from common.envs import (
-        BadInput,
-    )  # only here and below: worker processes import this module, and have no use for torch
-
     raise BadInput(f"MuJoCo does not start with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}") from error
 
 
@@ -77,8 +75,6 @@ def drawing_context():
     with it.
     Raises BadInput where none draws.
     """
-    from common.envs import BadInput
-
     asked = os.environ.get("MUJOCO_GL", "")
     trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).render()"
     for name in [asked] if asked else ["egl", "osmesa", ""]:

@@ -21,9 +21,9 @@ import math
 import numpy as np
 import torch
 
-from common.envs import SPLITS, BadInput
-from common.locomotion import HalfCheetah, Locomotion, mujoco
-from common.sessions import Sessions, named_draws, two_contexts
+from common.envs.locomotion import HalfCheetah, Locomotion, mujoco
+from common.envs.protocol import SPLITS, BadInput
+from common.envs.sessions import Sessions, named_draws, two_contexts
 
 
 class LocomotionSessions(Sessions, Locomotion):

@@ -5,8 +5,8 @@ two goals that take turns (Liang et al., 2024, appendix D.1)."""
 import torch
 from gymnasium.spaces import Discrete
 
-from common.envs import SPLITS, TensorEnvs
-from common.sessions import Sessions, named_draws, two_contexts
+from common.envs.protocol import SPLITS, TensorEnvs
+from common.envs.sessions import Sessions, named_draws, two_contexts
 
 MOVES = [[0, 0], [0, 1], [1, 0], [0, -1], [-1, 0]]  # stay, y + 1, x + 1, y - 1, x - 1
 

@@ -31,8 +31,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
-from common.envs import BadInput, TensorEnvs, generator
-from common.workers import cores
+from common.envs.protocol import BadInput, TensorEnvs, cores, generator
 
 try:
     import mujoco

@@ -30,17 +30,16 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
-from common.envs import TensorEnvs
-from common.film import Film, mujoco
-from common.sessions import Sessions, named_draws
-from common.workers import cores
+from common.envs.film import Film, mujoco
+from common.envs.protocol import TensorEnvs, cores
+from common.envs.sessions import Sessions, named_draws
 
 JOINTS = slice(7)  # of the robot, which come first in the model
 SUBSTEPS = 10
 HAND = np.array([-0.6, 0, 0.8])  # where the robot's hand is at first, up to HAND_NOISE in each direction
 HAND_NOISE = 0.05
 HAND_QUAT = np.array([0.5**0.5, 0, 0.5**0.5, 0])  # the tool points at the person, along x
-FOR_POSES = 4  # the last part of a key of `generator`, as in common/sessions.py
+FOR_POSES = 4  # the last part of a key of `generator`, as in common/envs/sessions.py
 GOALS, STARTS = 20, 16  # of the search for a first pose: places for the hand, and tries for each; one in five succeeds
 
 # The woman's sizes, where scratchitch.xml has the man's. Positions are those of the right side.

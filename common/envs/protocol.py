@@ -1,4 +1,4 @@
-"""The environments' protocol, and `make_envs`, the one door to every family.
+"""The environments' protocol.
 
     envs = make_envs("ML10", num_envs=20, split="train", seed=1, device="cpu")
     obs, info = envs.reset()                                          # every environment draws a new task
@@ -17,7 +17,7 @@ Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon`
                                  absent where a family never terminates early. Nothing may learn from idle steps.
     info["raw_reward"]           float32 (N,), where `reward` is a normalised one: what reported returns are sums of
     info["task"]                 float32 (N, G), at reset: the ground truth, for oracles and evaluation only
-    info["session_end"]          bool (N,), where episodes have sessions (common/sessions.py): whether this was the last
+    info["session_end"]          bool (N,), where episodes have sessions (sessions.py): whether this was the last
                                  transition of one. Then `obs` may be a new first state, final_obs is the true successor
     info["context"]              float32 (N, C), there, at reset too: the latent context of the next transition, the
                                  ground truth, for oracles, evaluation and pictures only
@@ -46,108 +46,28 @@ splits than train and test names them: `splits`. The encoder reads idle steps li
 alike; no loss counts them.
 """
 
-import difflib
-import importlib
-import inspect
 import os
-import sys
 from collections import Counter
-from functools import partial
 
 import numpy as np
-import torch
+from gymnasium.spaces import Box
 
 SPLITS = ("train", "test")  # what every family has
 ALL_SPLITS = (*SPLITS, "test2", "all")  # a split's place in it is part of the seed: new ones go to the end
-FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10, ML45) are listed by common.metaworld
-    "GridWorld": "common.gridworld:GridWorld",
-    "GridWorldLDM": "common.gridworld:GridWorldLDM",
-    "GridWorldExtrapolation": "common.gridworld:GridWorldExtrapolation",
-    "GridWorldAlternating": "common.gridworld:GridWorldAlternating",
-    "SparsePointRobot": "common.pointrobot:SparsePointRobot",
-    "MEWA": "common.mewa:MEWA",
-    "HalfCheetahVel": "common.locomotion:HalfCheetahVel",
-    "HalfCheetahDir": "common.locomotion:HalfCheetahDir",
-    "AntDir": "common.locomotion:AntDir",
-    "AntGoal": "common.locomotion:AntGoal",
-    "HopperMass": "common.hopper:HopperMass",
-    "Reacher": "common.locomotion_sessions:Reacher",
-    "HalfCheetahDirSessions": "common.locomotion_sessions:HalfCheetahDirSessions",
-    "HalfCheetahVelSessions": "common.locomotion_sessions:HalfCheetahVelSessions",
-    "HalfCheetahWindVelSessions": "common.locomotion_sessions:HalfCheetahWindVelSessions",
-    "ScratchItch": "common.scratchitch:ScratchItch",
-}
 
 
 class BadInput(ValueError):
     """A user's mistake in one sentence that names the culprit; the scripts print it and exit with status 2."""
 
 
-def make_envs(
-    env_id,
-    num_envs,
-    split="train",
-    seed=1,
-    device="cpu",
-    reward_version="v2",
-    split_rule="varibad",
-    sessions=None,
-    session_process=None,
-    **sizes,
-):
-    """The vector environment `env_id`.
-
-    env_id: a key of FAMILIES, ML1-<family>, ML10, ML45, or `package.module:factory` of the user's own.
-    reward_version: of Meta-World; v2 or v1. split_rule: of common.locomotion's tasks; varibad or ldm.
-    sessions, session_process: of environments with sessions; None, 0 and "" are the family's own.
-    sizes: `horizon` and `episodes_per_task`, where the family's own are not wanted (None counts as unset).
-    Raises BadInput for an unknown id (with the known ones and the nearest), split, split rule or size, and for sessions
-    where there are none.
-    """
-    sizes = {name: size for name, size in sizes.items() if size is not None}
-    for name, size in {"num_envs": num_envs, **sizes}.items():
-        if size < 1:
-            raise BadInput(f"{name} must be at least 1, not {size}")
-    if env_id in FAMILIES:
-        factory = _load(FAMILIES[env_id])
-    elif ":" in env_id:
-        factory = _load(env_id)
-        sizes = {name: size for name, size in sizes.items() if name in inspect.signature(factory).parameters}
-    elif env_id.startswith("ML"):
-        from common.metaworld import make_metaworld  # metaworld takes half a second to import: only who needs it pays
-
-        factory = partial(make_metaworld, env_id, reward_version=reward_version)
-    else:
-        known = [*FAMILIES, "ML1-<family>", "ML10", "ML45"]
-        nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise BadInput(f"unknown env_id {env_id!r}: known are {', '.join(known)}, or package.module:factory{hint}")
-    splits = (*getattr(factory, "splits", SPLITS), *["all"] * getattr(factory, "joins", False))
-    if split not in splits:
-        raise BadInput(f"unknown split {split!r}: {env_id} has {' and '.join(splits)}")
-    parameters = inspect.signature(factory).parameters
-    if "split_rule" in parameters:
-        sizes["split_rule"] = split_rule
-    for name, value in dict(sessions=sessions, session_process=session_process).items():
-        if value and name not in parameters:
-            raise BadInput(f"{name} {value}: {env_id} has no sessions")
-        if value:
-            sizes[name] = value
-    return factory(num_envs, split, seed, device, **sizes)
+class WorkerError(RuntimeError):
+    """An environment raised, died or hung, in one sentence that names it; the worker's traceback is its note."""
 
 
-def _load(path):
-    """The factory at `package.module:factory`; the user's working directory counts as a place to look."""
-    module_name, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, ValueError, TypeError) as error:
-        raise BadInput(f"env_id {path!r}: {error}") from error
-    if not callable(getattr(module, name, None)):
-        raise BadInput(f"env_id {path!r}: module {module_name} has no callable {name!r}")
-    return getattr(module, name)
+def cores():
+    """Our share of the cores: torchrun starts several processes on a machine."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def check_tasks(envs, names):
@@ -184,7 +104,7 @@ class TensorEnvs:
     """
 
     def __init__(self, num_envs, split, seed, device, horizon, episodes_per_task):
-        from gymnasium.spaces import Box
+        import torch  # here, not above: worker processes import this module, and have no use for torch
 
         self.num_envs, self.split, self.seed, self.device = num_envs, split, seed, torch.device(device)
         self.horizon, self.episodes_per_task = horizon, episodes_per_task
@@ -198,6 +118,8 @@ class TensorEnvs:
 
     def reset(self, tasks=None):
         """New tasks: drawn, or those named. Returns obs (N, S) and info with `task` (N, G)."""
+        import torch
+
         self.named = tasks
         if tasks is None:
             u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)

@@ -1,6 +1,6 @@
 """Sessions (Liang et al., "DynaMITE-RL", 2024, section 3): spans of an episode, each with one latent context.
 
-    class Mine(Sessions, TensorEnvs):       # or another back end of common/envs.py with its `reset` and `step`
+    class Mine(Sessions, TensorEnvs):       # or another back end, with its `reset` and `step`
         def __init__(self, num_envs, ..., sessions=0, session_process=""):
             super().__init__(num_envs, ...)
             self.set_sessions(sessions, session_process)
@@ -24,7 +24,7 @@ from math import lgamma
 import numpy as np
 import torch
 
-from common.envs import BadInput, generator
+from common.envs.protocol import BadInput, generator
 
 PROCESSES = ("fixed", "poisson", "bernoulli")
 FOR_SESSIONS, FOR_TASKS = 2, 3  # the last part of a key of `generator`; 0 and 1 are those of first states
@@ -86,7 +86,7 @@ def two_contexts(session, u, stay=0.2):
 
 
 class Sessions:
-    """A mixin for the back ends of common/envs.py; see above. A family defines
+    """A mixin for the back ends; see above. A family defines
 
         contexts_of(session, u)    the number, from 0, of each transition's session, int64 (H, N), and u, float64
                                    (H, N) in [0, 1): u[t] is for what a session that begins at t draws -> (H, N, C)
