@@ -10,6 +10,7 @@ import csv
 import difflib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Ellipse, Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from PIL import Image
 
 from common.envs import BadInput
 
@@ -28,34 +30,62 @@ from common.envs import BadInput
 NO_SETTING = set(
     "seed run_dir resume evaluate cuda compile track capture_video eval_interval checkpoint_interval versions".split()
 )
-UNITS = {"success": "fraction of tasks", "return": "sum of rewards"}
+NAMES = {"varibad": "variBAD", "dme": "DME", "ldm": "LDM", "dynamite_rl": "DynaMITE-RL", "laser": "LaSER"}
 MAX_POINTS = 200  # of a curve
 
 
+def belief_panel(axis, path, goal, maps, horizon, scale=1):
+    """Draws the goal into an axis; returns a function of an episode and a number of its steps, both from 0, that shows
+    the agent's path up to there and the belief it has then."""
+    size = round(maps.shape[1] ** 0.5)
+    edges, blank = np.arange(size + 1) - 0.5, np.zeros((size, size))
+    cells = axis.pcolormesh(edges, edges, blank, vmin=0, vmax=1, cmap="Blues", edgecolors="0.8", lw=0.4 * scale)
+    (walk,) = axis.plot([], [], color="tab:orange", lw=1.5 * scale)
+    (agent,) = axis.plot([], [], "o", color="tab:orange", ms=5 * scale)
+    (star,) = axis.plot(*goal, "*", ms=8 * scale, mec="white", mew=0.3 * scale)
+    axis.set(aspect="equal", xticks=[], yticks=[])
+
+    def show(episode, steps):
+        first = episode * horizon
+        places = np.stack([path["obs"][first], *path["next_obs"][first : first + steps]])[:, :2]
+        cells.set_array(maps[first + steps].reshape(size, size).T)
+        walk.set_data(*places.T), agent.set_data(*places[-1:].T)
+        star.set_color("tab:green" if steps and path["success"][first + steps - 1] else "tab:red")
+
+    return show
+
+
 def draw_grid_belief(file, title, path, goal, maps, horizon):
-    """One PNG: a row for each episode, a panel for each step, the believed goal as a heat map under the agent's path.
+    """A meta-episode, twice: as a PNG with a row for each episode and a panel for each step, the believed goal as a
+    heat map under the agent's path; and beside it as a GIF, a frame for each step.
 
     path: obs, next_obs (T, 2), success (T,), as arrays. goal: (2,). maps (T + 1, cells): p(reward).
     """
-    T, size = len(path["obs"]), round(maps.shape[1] ** 0.5)
-    rows = T // horizon
-    figure, axes = plt.subplots(rows, horizon, figsize=(horizon * 0.95, rows * 1.15 + 0.6), squeeze=False)
-    for t in range(T):
-        axis, first = axes[t // horizon, t % horizon], t - t % horizon
-        image = axis.imshow(maps[t + 1].reshape(size, size).T, origin="lower", vmin=0, vmax=1, cmap="Blues")
-        walk = [path["obs"][first], *path["next_obs"][first : t + 1]]
-        axis.plot([p[0] for p in walk], [p[1] for p in walk], color="tab:orange", lw=1.5)
-        axis.plot(*walk[-1], "o", color="tab:orange", ms=5)
-        axis.plot(*goal, "*", color="tab:green" if path["success"][t] else "tab:red", ms=7)
-        axis.set_xticks([]), axis.set_yticks([])
-        if t < horizon:
-            axis.set_title(f"step {t + 1}", fontsize=8)
-        if t == first:
-            axis.set_ylabel(f"episode {t // horizon + 1}", fontsize=9)
+    episodes = len(path["obs"]) // horizon
+    height = 1.08 * episodes + 0.7
+    figure, axes = plt.subplots(episodes, horizon, figsize=(0.95 * horizon + 1, height), squeeze=False)
+    figure.subplots_adjust(0.03, 0.1 / height, 0.94, 1 - 0.6 / height, 0.05, 0.05)
+    for (episode, step), axis in np.ndenumerate(axes):
+        belief_panel(axis, path, goal, maps, horizon)(episode, step + 1)
+        axis.set_title(f"step {step + 1}" if episode == 0 else "", fontsize=8)
+        axis.set_ylabel(f"episode {episode + 1}" if step == 0 else "", fontsize=9)
     figure.suptitle(f"{title}: believed probability of a reward (blue), path (orange), goal (star, green when reached)")
-    figure.tight_layout(rect=(0, 0, 0.95, 0.97))
-    figure.colorbar(image, cax=figure.add_axes((0.96, 0.1, 0.01, 0.78)))
+    figure.colorbar(axis.collections[0], cax=figure.add_axes((0.955, 0.1, 0.01, 0.7)))
     figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+    figure, axis = plt.subplots(figsize=(4.2, 4.5), dpi=100)
+    figure.subplots_adjust(0.02, 0.01, 0.98, 0.93)
+    show = belief_panel(axis, path, goal, maps, horizon, scale=2.5)
+    frames, times = [], []
+    for episode, steps in np.ndindex(episodes, horizon + 1):
+        show(episode, steps)
+        axis.set_title(f"episode {episode + 1} of {episodes}, step {steps}")
+        figure.canvas.draw()
+        frames.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).quantize(method=Image.Quantize.FASTOCTREE))
+        times.append(1250 if steps == horizon else 250)  # milliseconds
+    gif = Path(file).with_suffix(".gif")
+    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=times, loop=0)
     plt.close(figure)
 
 
@@ -249,6 +279,31 @@ def draw_similarity(file, cosines, names):
     plt.close(figure)
 
 
+def describe(key):
+    """A key of metrics.csv in words: eval/test/return_episode_4 -> return in episode 4, test tasks."""
+    group, *path = key.split("/")
+    tasks = {"charts": "training", "losses": "loss"}.get(group, group)
+    if group == "eval" and len(path) > 1:
+        tasks = {"train": "training"}.get(path.pop(0), key.split("/")[1]) + " tasks"
+    if len(path) > 1:
+        tasks += f" of {path.pop()}"
+    words = re.sub(r"_((any_)?episode|session)(?=_\d+$|$)", r"_in_\1", "_".join(path))
+    words = re.sub(r"_after_(\d+)$", r"_after_\1_episodes_of_exploration", words)
+    words = re.sub(r"_rec(?=_|$)", "_reconstruction", words)
+    return f"{words.replace('_', ' ')}, {tasks}"
+
+
+def describe_argument(name, value):
+    """A run's argument in words: no_belief, True -> without belief; kl_coef, 0.1 -> KL weight 0.1."""
+    if name == "total_timesteps":
+        return f"{EngFormatter(sep='')(value)} steps"
+    words = name.replace("_", " ").replace(" coef", " weight").replace("kl ", "KL ")
+    if value is True:
+        return words.replace("no ", "without ") if words.startswith("no ") else words
+    values = value if isinstance(value, list) else [value]
+    return " ".join([words, *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
+
+
 def draw_curves(file, folder, keys):
     """One PNG: the curves of a run's metrics, a panel for each of `keys` that the run has."""
     metrics = read_run(folder).metrics
@@ -262,10 +317,10 @@ def draw_curves(file, folder, keys):
         axis.axis("off")
     for axis, key in zip(axes.flat, keys):
         axis.plot(*metrics[key], lw=1.2)
-        axis.set_title(key, fontsize=9)
+        axis.set_title(describe(key), fontsize=9)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1M
         axis.grid(alpha=0.3)
-    figure.supxlabel("steps", fontsize=9)
+    figure.supxlabel("environment steps", fontsize=9)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -297,22 +352,26 @@ def read_run(folder):
 
 
 def label_runs(runs, but=()):
-    """Label -> its runs: of one script and one environment, with the same arguments (NO_SETTING and `but` aside).
+    """Label -> its runs: of one method and one environment, with the same arguments (NO_SETTING and `but` aside).
 
-    A label names the arguments that differ among the runs of its script and environment; one that an older run does not
-    know yet counts as off.
+    A label has the method's name, the environment where there are several, and the arguments that differ among the runs
+    of its method and environment; one that an older run does not know yet counts as off.
     """
-    groups = {}
+
+    def kind(run):
+        name = NAMES.get(run.config["script"], run.config["script"])
+        return "RL2" if name == "LDM" and run.config.get("num_mixture_workers") == 0 else name, run.config["env_id"]
+
+    groups, several = {}, len({run.config["env_id"] for run in runs}) > 1
     for run in runs:
-        words = [run.config["script"], run.config["env_id"]]
-        peers = [peer.config for peer in runs if [peer.config["script"], peer.config["env_id"]] == words]
+        method, env_id = kind(run)
+        words = [f"{method} on {env_id}" if several else method]
+        peers = [peer.config for peer in runs if kind(peer) == kind(run)]
         for name in dict.fromkeys(name for config in peers for name in config if name not in {*NO_SETTING, *but}):
             value = run.config.get(name, False)
             if value is not False and any(config.get(name, False) != value for config in peers):
-                values = [] if value is True else value if isinstance(value, list) else [value]
-                words += ["--" + name.replace("_", "-")]
-                words += [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-        groups.setdefault(" ".join(words), []).append(run)
+                words.append(describe_argument(name, value))
+        groups.setdefault(", ".join(words), []).append(run)
     return groups
 
 
@@ -364,8 +423,9 @@ def interquartile_mean(values):
     return np.stack([mean(values, 0), low, high])
 
 
-def draw_lines(file, lines, xlabel, ylabel, band="interquartile mean and its 95 % bootstrap interval over seeds"):
-    """One PNG. lines: label -> (x (N), array (3, N) of heights and the ends of their bands, nan for none)."""
+def draw_lines(file, lines, xlabel, ylabel, band=""):
+    """One PNG. lines: label -> (x (N), array (3, N) of heights and the ends of their bands, nan for none). band: what
+    the bands are, a title for the legend."""
     figure, axis = plt.subplots(figsize=(7, 4.4 + 0.2 * len(lines)), layout="constrained")
     for i, (label, (x, (y, low, high))) in enumerate(lines.items()):
         style = dict(color=f"C{i % 10}", linestyle=("-", "--", "-.")[i % 3], marker="o" if len(x) < 30 else "")
@@ -377,7 +437,7 @@ def draw_lines(file, lines, xlabel, ylabel, band="interquartile mean and its 95 
         axis.set_ylim(-0.03, 1.03)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", title=band)
+    figure.legend(loc="outside lower center", title=band or None)
     figure.savefig(file, dpi=110, bbox_inches="tight")  # tight: a long label widens the picture
     plt.close(figure)
 
@@ -390,6 +450,16 @@ def show(mean, low, high):
 def moving_average(values, window):
     """The mean of each value and the window - 1 before it, or as many as there are: (N,) -> (N,)."""
     return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))])
+
+
+def find_episodes(runs, name):
+    """What counts the episodes of a task, in words, and episode -> its key, of those that all runs have."""
+    for kind, words in (("episode", "episode of a task"), ("after", "episodes of exploration before")):
+        episodes = {k: f"{name}_{kind}_{k}" for k in range(len(runs[0].metrics) + 1)}
+        episodes = {k: key for k, key in episodes.items() if all(key in run.metrics for run in runs)}
+        if episodes:
+            return words, episodes
+    return "", {}
 
 
 def compare(folders, key, out, smooth=1):
@@ -413,13 +483,13 @@ def compare(folders, key, out, smooth=1):
         if key not in run.metrics:
             print(f"plot: {run.folder} has no {key} and is left out", file=sys.stderr)
     split = "/".join(key.split("/")[: 2 if key.startswith("eval/") else 1])
-    word, name = ("success", "success_rate") if "success" in key else ("return", "return")
-    curves, adaptation = {}, {}
-    table = [
-        f"| group | seeds | steps | {key}: IQM [95 % interval] | {word} of episodes 1 to K |",
-        "|---|---|---|---|---|",
-    ]
-    for label, members in group_runs([run for run in runs if key in run.metrics]).items():
+    name = next((name for name in ("success_rate", "score") if name in key), "return")
+    groups = group_runs([run for run in runs if key in run.metrics])
+    notes = ["interquartile mean and its 95 % bootstrap interval over seeds"] * any(len(g) > 1 for g in groups.values())
+    notes += [f"mean of the last {smooth} rows"] * (smooth > 1)
+    curves, adaptation, xlabel = {}, {}, ""
+    table = [f"| group | seeds | steps | {describe(key)}: IQM [95 % interval] | {name} by episodes |", "|---" * 5 + "|"]
+    for label, members in groups.items():
         steps = common_steps(label, members, key)
         ends = {run.metrics[key][0, -1]: run.folder for run in members}
         if len(ends) > 1:
@@ -427,18 +497,17 @@ def compare(folders, key, out, smooth=1):
         legend = f"{label} ({len(members)} seed{'s' * (len(members) > 1)})"
         curve = interquartile_mean(values_at(members, key, steps))
         curves[legend] = steps, curve
-        episodes = [f"{split}/{name}_episode_{k}" for k in range(1, len(members[0].metrics))]
-        episodes = [episode for episode in episodes if all(episode in run.metrics for run in members)]
+        words, episodes = find_episodes(members, f"{split}/{name}")
         if episodes:
-            values = np.concatenate([values_at(members, episode, steps[-1:]) for episode in episodes], axis=1)
-            adaptation[legend] = np.arange(1, len(episodes) + 1), interquartile_mean(values)
+            values = np.concatenate([values_at(members, episode, steps[-1:]) for episode in episodes.values()], axis=1)
+            adaptation[legend], xlabel = (np.array([*episodes]), interquartile_mean(values)), words
         cells = [show(*column) for column in adaptation[legend][1].T] if episodes else ["-"]
         table.append(f"| {label} | {len(members)} | {steps[-1]:,.0f} | {show(*curve[:, -1])} | {', '.join(cells)} |")
     Path(out).mkdir(parents=True, exist_ok=True)
-    unit = f" ({UNITS[word]})" if word in key else ""
-    draw_lines(Path(out, "learning_curves.png"), curves, "environment steps", key + unit)
+    draw_lines(Path(out, "learning_curves.png"), curves, "environment steps", describe(key), "; ".join(notes))
     if adaptation:
-        draw_lines(Path(out, "adaptation.png"), adaptation, "episode of a task", f"{split}: {word} ({UNITS[word]})")
+        ylabel = describe(f"{split}/{name}")
+        draw_lines(Path(out, "adaptation.png"), adaptation, xlabel, ylabel, "; ".join(notes))
     else:
         print(f"plot: no picture of the adaptation, as no run has {split}/{name}_episode_1", file=sys.stderr)
     return table

@@ -7,6 +7,7 @@ import random
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from PIL import Image
 
 from common import plot
 from common.envs import BadInput
@@ -166,20 +167,48 @@ def test_seeds_are_one_group_and_flags_are_others(tmp_path):
     runs = [plot.read_run(write_run(tmp_path / str(i), [], **base | s)) for i, s in enumerate(settings)]
     groups = plot.group_runs(runs)
     assert {label: [runs.index(run) for run in members] for label, members in groups.items()} == {
-        "varibad GridWorld --kl-coef 0.1 --policy-layers 32": [0, 1],
-        "varibad GridWorld --no-belief --kl-coef 0.1 --policy-layers 32": [2, 6],
-        "varibad GridWorld --kl-coef 0.25 --policy-layers 64 64": [3],
-        "varibad ML1-reach": [4],
-        "dme GridWorld": [5],
+        "variBAD on GridWorld, KL weight 0.1, policy layers 32": [0, 1],
+        "variBAD on GridWorld, without belief, KL weight 0.1, policy layers 32": [2, 6],
+        "variBAD on GridWorld, KL weight 0.25, policy layers 64 64": [3],
+        "variBAD on ML1-reach": [4],
+        "DME on GridWorld": [5],
     }
 
 
 def test_an_argument_that_an_older_run_does_not_know_is_off(tmp_path):
     settings = [dict(), dict(obs_shift=0.0, hard_y=False), dict(obs_shift=0.5), dict(hard_y=True)]
     runs = [plot.read_run(write_run(tmp_path / str(i), [], seed=i, **s)) for i, s in enumerate(settings)]
-    assert list(plot.group_runs(runs[:2])) == ["varibad GridWorld"]
-    assert list(plot.group_runs(runs[::2])) == ["varibad GridWorld", "varibad GridWorld --obs-shift 0.5"]
-    assert list(plot.group_runs(runs[::3])) == ["varibad GridWorld", "varibad GridWorld --hard-y"]
+    assert list(plot.group_runs(runs[:2])) == ["variBAD"]
+    assert list(plot.group_runs(runs[::2])) == ["variBAD", "variBAD, obs shift 0.5"]
+    assert list(plot.group_runs(runs[::3])) == ["variBAD", "variBAD, hard y"]
+
+
+def test_names_are_words(tmp_path):
+    """RL2 is a method of its own; what the other methods lack tells nothing about it; keys are words, too."""
+    settings = [
+        dict(script="ldm", num_mixture_workers=2, total_timesteps=100_000_000),
+        dict(script="ldm", num_mixture_workers=2, total_timesteps=30_000_000),
+        dict(script="ldm", num_mixture_workers=0, total_timesteps=30_000_000, elbo_terms=0),
+        dict(script="dynamite_rl", no_session_reconstruction=False),
+        dict(script="dynamite_rl", no_session_reconstruction=True),
+        dict(script="laser"),
+    ]
+    runs = [plot.read_run(write_run(tmp_path / str(i), [], **s)) for i, s in enumerate(settings)]
+    assert list(plot.group_runs(runs)) == [
+        "LDM, 100M steps", "LDM, 30M steps", "RL2", "DynaMITE-RL", "DynaMITE-RL, without session reconstruction",
+        "LaSER",
+    ]  # fmt: skip
+    words = {
+        "eval/test/return": "return, test tasks",
+        "eval/test/return_episode_4": "return in episode 4, test tasks",
+        "eval/test2/success_rate_any_episode": "success rate in any episode, test2 tasks",
+        "eval/train/success_rate_episode_2/reach-v3": "success rate in episode 2, training tasks of reach-v3",
+        "eval/test/return_session_10": "return in session 10, test tasks",
+        "eval/test/score_after_0": "score after 0 episodes of exploration, test tasks",
+        "charts/episodic_return": "episodic return, training",
+        "losses/encoder_task_rec": "encoder task reconstruction, loss",
+    }
+    assert {key: plot.describe(key) for key in words} == words
 
 
 # ---------- The command ----------
@@ -195,20 +224,20 @@ def test_table_and_pictures(tmp_path, capsys, drawn):
     folders.append(write_run(tmp_path / "d", rows, script="dme"))
     status, out, err = command(capsys, *folders, "--key", KEY, "--out", tmp_path / "new/folder")
     assert (status, err) == (0, [])
-    assert cells(out[0])[:3] == ["group", "seeds", "steps"] and KEY in cells(out[0])[3]
+    assert cells(out[0])[:3] == ["group", "seeds", "steps"] and "return, test tasks" in cells(out[0])[3]
     assert set(out[1]) == set("|-") and len({line.count("|") for line in out}) == 1 and len(out) == 4
     group, seeds, steps, result, episodes = cells(out[2])
-    assert (group, seeds, steps) == ("varibad GridWorld", "4", "1,000")
+    assert (group, seeds, steps) == ("variBAD", "4", "1,000")
     # of 4 seeds the middle two count: 4, 5 and 11, 12. Three draws or four of 4 are the lowest seed with probability
     # 13 / 256, more than the 2.5 % below the interval: its ends are the lowest and the highest seed
     assert result == "11.5 [10, 1300]" and episodes == "4.5 [3, 400], 11.5 [10, 1300]"
-    assert cells(out[3]) == ["dme GridWorld", "1", "2,000", "0.125", "0.5"]
+    assert cells(out[3]) == ["DME", "1", "2,000", "0.125", "0.5"]
     (curves, *labels), (adaptation, *_) = drawn["learning_curves.png"], drawn["adaptation.png"]
-    assert list(curves) == list(adaptation) == ["varibad GridWorld (4 seeds)", "dme GridWorld (1 seed)"]
-    assert labels == ["environment steps", "eval/test/return (sum of rewards)"]
-    x, y = curves["varibad GridWorld (4 seeds)"]
+    assert list(curves) == list(adaptation) == ["variBAD (4 seeds)", "DME (1 seed)"]
+    assert labels[:2] == ["environment steps", "return, test tasks"] and "bootstrap" in labels[2]
+    x, y = curves["variBAD (4 seeds)"]
     assert x.tolist() == [0, 1000] and y[0].tolist() == [2.5, 11.5]
-    x, y = adaptation["varibad GridWorld (4 seeds)"]
+    x, y = adaptation["variBAD (4 seeds)"]
     assert x.tolist() == [1, 2] and y[0].tolist() == [4.5, 11.5]
 
 
@@ -225,8 +254,18 @@ def test_adaptation_is_of_the_keys_split_and_kind(tmp_path, capsys, drawn):
         for key in (f"{split}/{name}", f"{split}/{name}/family"):
             _, out, _ = command(capsys, folder, "--key", key, "--out", tmp_path)
             assert [float(x) for x in cells(out[2])[4].split(",")] == values
-            assert drawn["adaptation.png"][0]["varibad GridWorld (1 seed)"][1][0].tolist() == values
-            assert ("fraction" in drawn["adaptation.png"][2]) == (name == "success_rate")
+            assert drawn["adaptation.png"][0]["variBAD (1 seed)"][1][0].tolist() == values
+            assert drawn["adaptation.png"][2] == plot.describe(f"{split}/{name}")
+
+
+def test_adaptation_over_episodes_of_exploration(tmp_path, capsys, drawn):
+    rows = [row for k in range(5) for row in curve([0, k / 10], key=f"eval/test/score_after_{k}")]
+    folder = write_run(tmp_path / "run", rows, script="laser")
+    _, out, _ = command(capsys, folder, "--key", "eval/test/score_after_4", "--out", tmp_path)
+    lines, xlabel, ylabel, note = drawn["adaptation.png"]
+    x, (y, *_) = lines["LaSER (1 seed)"]
+    assert x.tolist() == [0, 1, 2, 3, 4] and y.tolist() == [0, 0.1, 0.2, 0.3, 0.4]
+    assert xlabel.startswith("episodes of exploration") and ylabel == "score, test tasks" and note == ""
 
 
 def test_last_values_are_those_at_the_last_step_that_all_have_reached(tmp_path, capsys, drawn):
@@ -260,8 +299,8 @@ def test_pictures_hold_what_they_should(tmp_path, capsys, monkeypatch):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
         (axis,), (legend,) = figure.axes, figure.legends
         assert [text.get_text() for text in legend.get_texts()] == [
-            "varibad GridWorld (2 seeds)",
-            "dme GridWorld (1 seed)",
+            "variBAD (2 seeds)",
+            "DME (1 seed)",
         ]
         varibad, dme = axis.lines
         assert varibad.get_color() != dme.get_color() and varibad.get_linestyle() != dme.get_linestyle()
@@ -270,6 +309,48 @@ def test_pictures_hold_what_they_should(tmp_path, capsys, monkeypatch):
         assert bands[0][0].max() == 0.25 and not any(np.isfinite(y).any() for y in bands[1])  # one seed: no band
         ticks = [text.get_text() for text in axis.get_xticklabels()]
         assert ("1M" in ticks) == (name == "learning_curves.png")
+        plt.close(figure)
+
+
+def test_belief_in_a_grid(tmp_path, monkeypatch):
+    """A panel for each step, and a film of a frame for each moment, both of the belief after the steps shown."""
+    episodes, horizon = 2, 3
+    T = episodes * horizon
+    x = np.array([[1, 2, 2], [1, 1, 2]]).reshape(T)  # where each step leads; the goal is at (2, 0)
+    after = np.stack([x, 0 * x, 0 * x], axis=1)  # the third number is no place
+    before = np.concatenate([[[0, 0, 0]], after[:-1]])
+    before[::horizon] = 0
+    path = dict(obs=before, next_obs=after, success=x == 2)
+    maps = np.random.default_rng(0).random((T + 1, 9))
+    figures, frames = [], []
+    monkeypatch.setattr(plt, "close", figures.append)
+    draw = plt.Figure.draw
+
+    def record(figure, *rest):
+        (axis,) = figure.axes if len(figure.axes) == 1 else [None]
+        if axis:
+            frames.append((axis.collections[0].get_array().copy(), axis.lines[0].get_xydata().copy()))
+        draw(figure, *rest)
+
+    monkeypatch.setattr(plt.Figure, "draw", record)
+    plot.draw_grid_belief(tmp_path / "belief.png", "task", path, np.array([2, 0]), maps, horizon)
+    monkeypatch.undo()
+    panels = [axis for axis in figures[0].axes if axis.lines]
+    for t, axis in enumerate(panels):
+        np.testing.assert_array_equal(np.ravel(axis.collections[0].get_array()), np.ravel(maps[t + 1].reshape(3, 3).T))
+        first = t - t % horizon
+        np.testing.assert_array_equal(axis.lines[0].get_xydata()[:, 0], [0, *x[first : t + 1]])
+        assert axis.lines[2].get_color() == ("tab:green" if x[t] == 2 else "tab:red")
+    assert len(panels) == T and len(frames) == episodes * (horizon + 1)
+    for i, (cells, walk) in enumerate(frames):
+        episode, steps = divmod(i, horizon + 1)
+        np.testing.assert_array_equal(np.ravel(cells), np.ravel(maps[episode * horizon + steps].reshape(3, 3).T))
+        np.testing.assert_array_equal(walk[:, 0], [0, *x[episode * horizon :][:steps]])
+    with Image.open(tmp_path / "belief.gif") as film:
+        assert film.n_frames == len(frames) and 400 <= max(film.size) <= 500
+        film.seek(1)
+        assert film.info["duration"] == 250
+    for figure in figures:
         plt.close(figure)
 
 
