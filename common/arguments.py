@@ -1,0 +1,135 @@
+"""The command line: an experiment's arguments, bounds in the types of all, presets.
+
+Each script has dataclasses of its own for what its paper has a symbol for, and joins them:
+
+    @dataclass
+    class Args(VariBAD, PPO, Experiment):
+        env_id: str = "GridWorld"           # here only defaults; the help stands where an argument is declared
+"""
+
+import argparse
+import inspect
+import math
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
+
+import tyro
+
+from common.envs import BadInput
+from common.files import load_checkpoint, names
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of an argument, or of each number in a tuple, which then has one at least: at_least <= x <= at_most, above < x.
+
+    A number is always finite.
+    """
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
+
+
+Count = Annotated[int, Bounds(at_least=1)]  # 1, 2, ...
+Count0 = Annotated[int, Bounds(at_least=0)]  # 0, 1, ...
+Above0 = Annotated[float, Bounds(above=0)]
+AtLeast0 = Annotated[float, Bounds(at_least=0)]
+Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
+Dropout = Annotated[float, Bounds(at_least=0, at_most=0.999)]
+Layers = Annotated[tuple[int, ...], Bounds(at_least=1)]
+
+
+@dataclass
+class Experiment:
+    """What is run, where, and how long."""
+
+    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, MEWA, HalfCheetahVel, HalfCheetahDir, AntDir,
+    # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating,
+    # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
+    env_id: str = ""
+    seed: Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)] = 1  # of tasks, networks and actions
+    cuda: bool = False  # train on the GPU, with the paper's sizes and steps where a CPU's preset has its own
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+    total_timesteps: Count = 20_000_000  # environment steps, summed over environments
+    num_envs: Count = 16  # environments stepped together (N)
+    horizon: Count0 = 0  # steps of an episode (H); 0 = the environment's own
+    episodes_per_task: Count0 = 0  # episodes of a meta-episode (K), which is an iteration; 0 = the environment's own
+    eval_interval: int = 500  # iterations between evaluations; 0 = only at the end; negative = never
+    eval_tasks: Count0 = 0  # evaluation tasks per family, the first ones; 0 = all
+    checkpoint_interval: Count0 = 500  # iterations between checkpoints; 0 = only at the end
+    run_dir: str = ""  # folder of this very run; empty = runs/<env>__<script>__<seed>__<time>
+    resume: str = ""  # checkpoint to continue from, with its arguments; those given beside it override
+    evaluate: str = ""  # checkpoint to evaluate: prints the results and writes eval.json beside it, trains nothing
+    eval_sample: bool = False  # evaluate with sampled actions and latents in place of the most likely ones
+    capture_video: bool = False  # with --evaluate: a film of one held-out task of each family (Meta-World, ScratchItch)
+    compile: bool = False  # torch.compile the networks; the first iteration takes a minute
+    reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
+    split_rule: Literal["varibad", "ldm"] = "varibad"  # MuJoCo: train = test, or LDM's disjoint sets (its Table 1)
+    sessions: Count0 = 0  # sessions of an episode, where the environment has them; 0 = the environment's own
+    session_process: Literal["", "fixed", "poisson", "bernoulli"] = ""  # their lengths; empty = the environment's own
+
+
+def parse_args(Args, presets, small, argv=None):
+    """The command line over the arguments saved in --resume or --evaluate, else over the preset of --env-id.
+
+    presets: by environment or family ("ML1" for "ML1-reach"); that of "module:factory" is for a user's own.
+    small: what is laid over them on machines without a GPU. Raises BadInput for an argument out of bounds.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--env-id", "--env_id", default=Args.env_id)
+    early.add_argument("--cuda", action=argparse.BooleanOptionalAction)
+    early.add_argument("--resume", default="")
+    early.add_argument("--evaluate", default="")
+    known = early.parse_known_args(argv)[0]
+    defaults = {f.name: f.default for f in fields(Args)}
+    path = known.resume or known.evaluate
+    if path:
+        state = load_checkpoint(path, script_of(Args))
+        odd = state["args"].keys() ^ defaults.keys()
+        if odd:
+            raise BadInput(
+                f"{path} comes from another version of {script_of(Args)}: its arguments differ in {names(odd)}"
+            )
+        defaults |= state["args"] | dict(resume="", evaluate="", run_dir=str(Path(path).parent))
+    else:
+        name = known.env_id.removesuffix("-v2").removesuffix("-v3")
+        family = "module:factory" if ":" in name else name.split("-")[0]
+        defaults |= presets.get(name, presets.get(family, {}))
+        defaults |= {} if known.cuda else small.get(name, small.get(family, {}))
+    groups = [base for base in Args.__mro__[:0:-1] if is_dataclass(base)]  # one heading each in --help
+    values = [group(**{f.name: defaults[f.name] for f in fields(group)}) for group in groups]
+    grouped = make_dataclass("Args", [(group.__name__, tyro.conf.OmitArgPrefixes[group]) for group in groups])
+    given = tyro.cli(grouped, args=argv, default=grouped(*values), prog=f"{script_of(Args)}.py")
+    args = Args(**{name: value for part in vars(given).values() for name, value in vars(part).items()})
+    check_bounds(args)
+    return args
+
+
+def check_bounds(args):
+    """BadInput for the first argument outside the Bounds of its type."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        numbers = value if isinstance(value, tuple) else [value]
+        bounds = next((x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Bounds)), None)
+        if bounds is None and not isinstance(value, float):
+            continue
+        b = bounds or Bounds()
+        if numbers and all(b.at_least <= x <= b.at_most and x > b.above and math.isfinite(x) for x in numbers):
+            continue
+        limits = [f"above {b.above:g}"] * (b.above > -math.inf) + [f"at least {b.at_least:g}"] * (
+            b.at_least > -math.inf
+        )
+        limits += [f"at most {b.at_most:.10g}"] * (b.at_most < math.inf) or ["finite"]
+        what = "one or more numbers, each " * isinstance(value, tuple)
+        raise BadInput(f"{flag(name)} must be {what}{' and '.join(limits)}, not {value}")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def script_of(Args):
+    """The name of the script that defines these arguments."""
+    return Path(inspect.getfile(Args)).stem

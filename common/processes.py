@@ -1,0 +1,64 @@
+"""Several processes (torchrun), each with its share of the environments, the buffer and the batches; finite numbers.
+
+Losses are sums whose weights add up to 1 over all processes: so are gradients, and a run of two processes takes the
+steps of one with all the data.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def ranks():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def leads():
+    """Whether this process is the one that evaluates and writes."""
+    return rank() == 0
+
+
+def share(n):
+    """This process's part of n things."""
+    return (n + rank()) // ranks()
+
+
+def all_sum(x):
+    """The sum of x over all processes."""
+    if dist.is_initialized():
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def check_finite(**tensors):
+    """FloatingPointError, in all processes, that names the first of the tensors with a NaN or an infinity in any."""
+    bad = all_sum(torch.stack([~torch.isfinite(tensor).all() for tensor in tensors.values()]).int()).tolist()
+    for name, count in zip(tensors, bad):
+        if count:
+            raise FloatingPointError(f"{name.replace('_', ' ')} is not finite")
+
+
+def descend(optimizer, loss, parts, max_norm, name):
+    """A step down the gradient summed over processes, its norm clipped in each of the parts; 0 = not clipped.
+
+    Raises FloatingPointError, before the step, where the loss or the gradient is not finite.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p))
+    norms = [nn.utils.clip_grad_norm_(part.parameters(), max_norm or math.inf) for part in parts]
+    check_finite(**{f"{name}_loss": loss.detach(), f"{name}_gradient_norm": torch.stack(norms)})
+    optimizer.step()

@@ -1,0 +1,471 @@
+"""What happens around an algorithm: arguments, the run's folder, signals, metrics, evaluation, checkpoints.
+
+def main(args):
+    with Run(args) as run:                          # processes, device, environments, seeds
+        model, agent, optimizer, buffer = ...
+        run.keep(agent=agent, ..., own=dict(buffer=buffer))     # what a checkpoint holds; restored here
+        for iteration in run.iterations(...):       # ends after a signal; none with --evaluate
+            ...
+            run.log(losses, data)
+            if run.due(args.eval_interval):
+                run.evaluate(play)
+            if run.due(args.checkpoint_interval) or run.stopped():
+                run.save()
+        run.finish(play, draw)
+
+if __name__ == "__main__":
+    start(main, Args, PRESETS, SMALL)
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from common.arguments import flag, parse_args, script_of
+from common.envs import SPLITS, BadInput, WorkerError, make_envs
+from common.files import (
+    CHECKPOINT,
+    Metrics,
+    load_checkpoint,
+    load_modules,
+    missing_space,
+    names,
+    on_disk,
+    save_checkpoint,
+    weights,
+)
+from common.processes import all_sum, check_finite, leads, rank, ranks
+
+LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen
+# Arguments that a checkpoint's environments and buffers were made with: --resume cannot change them.
+FIXED = "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule sessions session_process"
+
+
+class Run:
+    """One command: its processes, device, environments and counters, and all that it writes.
+
+    envs: those of training, this process's share. eval_envs: by split, of the leading process, once `keep` was called.
+    iteration, global_step: what is done; steps are transitions, summed over environments and processes.
+    Raises BadInput for what does not fit, before anything is written.
+    """
+
+    def __init__(self, args, split="train", threads=1):
+        """threads: of the networks, which are small: more would wait for each other and take the workers' cores."""
+        self.args, self.script, self.made = args, script_of(type(args)), []
+        self.eval_envs, self.details, self.metrics, self.progress = {}, None, None, None
+        self.signals, self.stop, self.shown = [], False, {}
+        torch.set_num_threads(threads)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun --nproc-per-node
+            backend = "nccl" if args.cuda and torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first evaluates
+        with self.closed_on_error():
+            self.check_args()
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            self.device = torch.device("cuda", local) if args.cuda else torch.device("cpu")
+            if args.cuda:
+                torch.cuda.set_device(self.device)
+            path = args.resume or args.evaluate
+            self.state = load_checkpoint(path, self.script) if path else {}
+            self.iteration, self.global_step = self.state.get("iteration", 0), self.state.get("global_step", 0)
+            self.metrics_bytes = self.state.get("metrics_bytes", 0)
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            name = f"{args.env_id.replace(':', '.')}__{self.script}__{args.seed}__{stamp}"
+            self.folder = Path(args.run_dir or f"runs/{name}")
+            self.envs = self.make_envs(split, args.num_envs // ranks())
+            for name in ("horizon", "episodes_per_task"):
+                own = getattr(self.envs, name)
+                if getattr(args, name) not in (0, own):
+                    raise BadInput(f"{flag(name)} {getattr(args, name)}: {args.env_id} has {own} of its own")
+                setattr(args, name, own)
+            args.sessions = getattr(self.envs, "sessions", 0)
+            args.session_process = getattr(self.envs, "session_process", "")
+        torch.manual_seed(args.seed)
+
+    def check_args(self):
+        """BadInput for arguments of the experiment that do not fit each other, or this machine."""
+        args = self.args
+        for wrong, sentence in (
+            (args.num_envs % ranks(), f"--num-envs {args.num_envs}: {ranks()} processes cannot share them"),
+            (args.resume and args.evaluate, "--resume and --evaluate exclude each other"),
+            (args.capture_video and not args.evaluate, "--capture-video goes with --evaluate"),
+            (args.evaluate and ranks() > 1, "--evaluate is for one process"),
+            (args.cuda and not torch.cuda.is_available(), "--cuda: this PyTorch sees no CUDA device"),
+            (
+                args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count(),
+                f"--cuda: more processes than the {torch.cuda.device_count()} CUDA devices",
+            ),
+        ):
+            if wrong:
+                raise BadInput(sentence)
+
+    def make_envs(self, split, num_envs, **sizes):
+        """Environments of this experiment, closed with the run."""
+        a = self.args
+        sizes = dict(horizon=a.horizon or None, episodes_per_task=a.episodes_per_task or None) | sizes
+        rules = dict(reward_version=a.reward_version, split_rule=a.split_rule)
+        sessions = dict(sessions=a.sessions, session_process=a.session_process)
+        envs = make_envs(a.env_id, num_envs, split, a.seed, self.device, **rules, **sessions, **sizes)
+        self.made.append(envs)
+        return envs
+
+    def make_eval_envs(self, most):
+        """Evaluation environments by split, the last split first, at most `most` of them: rounds of equal size.
+
+        There is no train split where the test split holds the same tasks, or is trained on.
+        """
+        for split in reversed(getattr(self.envs, "splits", SPLITS)):
+            test = self.eval_envs.get("test")
+            if split == "train" and (self.envs.split == "test" or getattr(test, "same_splits", False)):
+                break
+            envs = self.make_envs(split, most)
+            count = len(self.eval_names(envs))
+            size = math.ceil(count / math.ceil(count / most))
+            if size != most:
+                envs.close()
+                envs = self.make_envs(split, size)
+            self.eval_envs[split] = envs
+        if self.args.capture_video and not hasattr(self.eval_envs["test"], "film"):
+            raise BadInput(f"--capture-video: {self.args.env_id} has no camera (Meta-World and ScratchItch have one)")
+
+    def eval_names(self, envs):
+        """The evaluation tasks of a split: the first --eval-tasks of each family, 0 = all."""
+        by_family = {}
+        for name in envs.tasks:
+            by_family.setdefault(name.split("/")[0], []).append(name)
+        return [name for named in by_family.values() for name in named[: self.args.eval_tasks or None]]
+
+    def truth(self):
+        """info of a reset to named tasks, which draws none: the sizes of what an oracle is told."""
+        return self.envs.reset(tasks=[self.envs.tasks[0]] * self.envs.num_envs)[1]
+
+    def compile(self, module, *methods):
+        """With --compile."""
+        for name in methods if self.args.compile and module else ():
+            setattr(module, name, torch.compile(getattr(module, name)))
+
+    # ----- what a checkpoint holds
+
+    def keep(self, own=None, room=0, fixed="", most_eval_envs=None, **parts):
+        """Names what a checkpoint holds, restores it with --resume and --evaluate, and opens the run's folder.
+
+        parts: modules and optimisers, the same in all processes. own: by name, what each process has of its own, beside
+        the environments: buffers, and the room that these will take in a checkpoint, in bytes.
+        fixed: names of more arguments that --resume cannot change.
+        """
+        args, self.parts, self.own = self.args, parts, dict(own or {}, envs=self.envs)
+        if leads() and (args.evaluate or args.eval_interval >= 0):
+            self.make_eval_envs(most_eval_envs or args.num_envs)
+        if dist.is_initialized():  # other tasks and other actions in each
+            self.envs.load_state_dict({"resets": rank() << 32})
+            torch.manual_seed(torch.randint(2**32, (ranks(),))[rank()].item())
+        if self.state:
+            self.restore(fixed)
+        self.state = None
+        if not args.evaluate:
+            self.open(room)
+
+    def restore(self, fixed):
+        """Loads the checkpoint: of --evaluate the modules alone. Raises BadInput where it does not fit."""
+        args, state, path = self.args, self.state, self.args.resume or self.args.evaluate
+        odd = state.keys() ^ {*CHECKPOINT, *self.parts}
+        if odd:
+            raise BadInput(f"{path} is not a whole checkpoint, or more than one: {names(odd)}")
+        for name in f"{FIXED} {fixed}".split() if args.resume else fixed.split():
+            if getattr(args, name) != state["args"][name]:
+                raise BadInput(f"{flag(name)} {getattr(args, name)}: {path} was saved with {state['args'][name]}")
+        if args.evaluate:
+            modules = {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
+            return load_modules(path, state, modules)
+        if len(state["processes"]) != ranks():
+            raise BadInput(f"{path} was saved by {len(state['processes'])} processes, and here are {ranks()}")
+        mine = state["processes"][rank()]
+        if not {"rng", *self.own} <= mine.keys():
+            raise BadInput(
+                f"{path} is not a whole checkpoint: a process lacks {names({'rng', *self.own} - mine.keys())}"
+            )
+        load_modules(path, state | mine, self.parts | self.own)
+        torch.set_rng_state(mine["rng"].cpu())
+        if args.cuda and "cuda_rng" in mine:
+            torch.cuda.set_rng_state(mine["cuda_rng"].cpu())
+
+    def open(self, room):
+        """The run's folder, with config.json and metrics. Raises BadInput where it holds another run, or lacks room."""
+        args, saved = self.args, self.folder / "checkpoint.pt"
+        if saved.exists() and not (args.resume and self.folder.samefile(Path(args.resume).parent)):
+            raise BadInput(f"{self.folder} holds a run already: --resume {saved}, or choose another --run-dir")
+        try:
+            if leads():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                versions = {
+                    package: version(package) for package in ("torch", "mujoco", "metaworld", "gymnasium", "numpy")
+                }
+                config = json.dumps(dict(script=self.script, **asdict(args), versions=versions), indent=2)
+                (self.folder / "config.json").write_text(config)
+        except OSError as error:
+            raise BadInput(f"cannot write to the run's folder: {error}") from error
+        missing = all_sum(torch.tensor(float(missing_space(self.folder, room) if leads() else 0), device=self.device))
+        if missing > 0:
+            raise BadInput(
+                f"{self.folder} lacks {missing.item() / 1e6:,.0f} MB for its checkpoints: free some, choose another "
+                "--run-dir or a smaller --buffer-size"
+            )
+        if leads():
+            self.metrics = Metrics(self.folder, args, self.metrics_bytes, self.global_step)
+
+    # ----- the loop
+
+    def iterations(self, last, steps=1, unit=" steps", about=None):
+        """Numbers of the iterations to come, up to the `last` one (at least 1), of so many `steps` of the progress bar.
+
+        It may be lowered on the way: `run.last`. A first SIGINT or SIGTERM ends the loop after an iteration, saved, a
+        second one the process. With --evaluate there is nothing to do.
+        """
+        self.last = max(1, last)
+        if self.args.evaluate:
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: os._exit(128 + n) if self.signals else self.signals.append(n))
+        self.started, self.first_step = time.time(), self.global_step
+        self.progress = tqdm(
+            total=self.last * steps, initial=self.iteration * steps, unit=unit, unit_scale=True, mininterval=1,
+            desc=about, disable=not leads(),
+        )  # fmt: skip
+        while self.iteration < self.last and not self.stop:
+            self.iteration, self.before = self.iteration + 1, self.global_step
+            self.laps, self.lap_started = {}, time.perf_counter()
+            yield self.iteration
+            self.progress.update(steps)
+
+    def left(self):
+        """What is left of the run before this iteration: from 1 down to 1 / iterations."""
+        return 1 - (self.iteration - 1) / self.last
+
+    def lap(self, name):
+        """What was done since the last lap, or the iteration's start, was this part of an iteration."""
+        now = time.perf_counter()
+        self.laps[name], self.lap_started = now - self.lap_started, now
+
+    def due(self, interval, since=0):
+        """Whether this is every `interval`-th iteration (0 = none) or the last one (unless negative)."""
+        regular = interval > 0 and (self.iteration - since) % interval == 0
+        return regular or (interval >= 0 and self.iteration == self.last)
+
+    def stopped(self):
+        """Whether a signal came, to any process: then this iteration is the last one for now."""
+        self.stop = bool(all_sum(torch.tensor(len(self.signals), device=self.device)))
+        return self.stop
+
+    def logs(self):
+        """Whether a row of metrics is due: every LOG_EVERY steps, and at the end."""
+        return self.global_step // LOG_EVERY > self.before // LOG_EVERY or self.iteration == self.last
+
+    def log(self, losses, data, more=None):
+        """Writes a row of metrics, where one is due, and shows its returns in the progress bar.
+
+        losses: tensors by name, parts of a sum over processes. data: a rollout's, with `env_seconds`, and
+        `episode_return` and `episode_success` (K, N) where there are some. more: scalars by key.
+        """
+        if not self.logs():
+            return
+        scalars = {f"losses/{key}": all_sum(value).item() for key, value in losses.items()}
+        if "episode_return" in data:
+            episodes, success = (
+                (all_sum(data[name].float().mean(1)) / ranks()).tolist()
+                for name in ("episode_return", "episode_success")
+            )
+            scalars |= {f"charts/return_episode_{k + 1}": value for k, value in enumerate(episodes)}
+            scalars |= {"charts/episodic_return": episodes[-1], "charts/success_rate": success[-1]}
+            self.shown |= {"return": episodes[-1], "success": success[-1]}
+        scalars["charts/SPS"] = (self.global_step - self.first_step) / (time.time() - self.started)
+        seconds = sum(self.laps.values())
+        scalars |= {f"time/{name}": lap / seconds for name, lap in self.laps.items()}
+        scalars |= {"time/env": data["env_seconds"] / seconds} | (more or {})
+        self.write(scalars, "metrics")
+
+    def write(self, scalars, what):
+        if leads():
+            with on_disk(what, self.global_step):
+                self.metrics.write(scalars, self.global_step)
+            self.progress.set_postfix({key: f"{value:.2f}" for key, value in self.shown.items()})
+
+    # ----- evaluation
+
+    def evaluate(self, play, summarise=None):
+        """Every evaluation task of every split once, over its K episodes, with random numbers of its own; written.
+
+        play(envs, tasks, deterministic): a rollout in named tasks; of what it returns, `episode_return` and
+        `episode_success` (K, N) and the tensors (N, .) in `details`, if any, are kept for each task, in eval.json.
+        summarise(tasks): a split's scalars by name; `by_episode` if None. Returns scalars by key.
+        """
+        if not self.eval_envs:
+            return {}
+        scalars, self.details = {}, {}
+        with torch.random.fork_rng(devices=[self.device] if self.args.cuda else []), self.evaluating():
+            torch.manual_seed(self.args.seed)
+            for split, envs in self.eval_envs.items():
+                tasks = self.details[split] = self.play_all(play, envs)
+                found = (summarise or by_episode)(tasks)
+                if hasattr(envs, "score"):
+                    found |= envs.score({name: task["return"] for name, task in tasks.items()})
+                scalars |= {f"eval/{split}/{key}": value for key, value in found.items()}
+        self.shown |= {"test return": scalars["eval/test/return"], "test success": scalars["eval/test/success_rate"]}
+        if self.metrics:
+            self.write(scalars, "evaluation")
+        with on_disk("evaluation", self.global_step):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(dict(global_step=self.global_step, **scalars, tasks=self.details), indent=1)
+            (self.folder / "eval.json").write_text(text)
+        return scalars
+
+    def play_all(self, play, envs):
+        """The evaluation tasks of a split, round by round: {task: {"return", "success", and the details}}."""
+        tasks, todo = {}, self.eval_names(envs)
+        for first in range(0, len(todo), envs.num_envs):
+            chunk = todo[first : first + envs.num_envs]
+            data = play(envs, chunk + [chunk[-1]] * (envs.num_envs - len(chunk)), not self.args.eval_sample)
+            rows = {"return": data["episode_return"].T, "success": data["episode_success"].float().T}
+            rows = {name: x.tolist() for name, x in (rows | data.get("details", {})).items()}
+            tasks |= {name: {key: x[i] for key, x in rows.items()} for i, name in enumerate(chunk)}
+        return tasks
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """Modules without dropout."""
+        modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        for module in modules:
+            module.eval()
+        yield
+        for module in modules:
+            module.train()
+
+    def film(self, play):
+        """Films the first test task of each family, most likely actions: video_<family>.gif.
+
+        Raises BadInput on machines where nothing can draw.
+        """
+        envs = self.eval_envs["test"]
+        first = {name.split("/")[0]: name for name in reversed(envs.tasks)}
+        chosen = [first[family] for family in dict.fromkeys(name.split("/")[0] for name in envs.tasks)]
+        for start in range(0, len(chosen), envs.num_envs):
+            chunk = chosen[start : start + envs.num_envs]
+            with self.evaluating():
+                data = play(envs, chunk + [chunk[-1]] * (envs.num_envs - len(chunk)), True)
+            played = data.get("envs", envs)  # laser.py's task policy has environments of its own, several a task
+            for i, name in enumerate(chunk):
+                row = i * played.num_envs // envs.num_envs
+                file = self.folder / f"video_{name.split('/')[0]}.gif"
+                replayed = played.film(name, row, data["actions"][:, row].cpu().numpy(), file)
+                same = np.array_equal(replayed, data["rewards"][:, row].cpu().numpy())
+                print(file, "" if same else "(its rewards are not those of the evaluation)")
+
+    # ----- the end
+
+    def save(self):
+        """Writes checkpoint.pt. FloatingPointError where a weight is not finite: the last checkpoint stands."""
+        modules = {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
+        check_finite(**{f"weights_of_the_{name}": weights(module) for name, module in modules.items()})
+        mine = {name: part.state_dict() for name, part in self.own.items()} | dict(rng=torch.get_rng_state())
+        if self.args.cuda:
+            mine["cuda_rng"] = torch.cuda.get_rng_state()
+        processes = [mine]
+        if dist.is_initialized():
+            processes = [None] * ranks()
+            dist.gather_object(mine, processes if leads() else None)
+        if leads():
+            state = {name: part.state_dict() for name, part in self.parts.items()} | dict(processes=processes)
+            state |= dict(script=self.script, args=asdict(self.args), iteration=self.iteration)
+            state |= dict(global_step=self.global_step)
+            with on_disk("checkpoint", self.global_step):
+                state |= dict(metrics_bytes=self.metrics.file.tell())
+                save_checkpoint(self.folder / "checkpoint.pt", state)
+
+    def finish(self, play, draw, summarise=None):
+        """With --evaluate, evaluates and films. Then, after the last iteration, pictures: draw(run, details)."""
+        if self.args.evaluate:
+            for key, value in self.evaluate(play, summarise).items():
+                print(f"{key:<48} {value:.4f}")
+        elif leads():
+            self.progress.close()
+        if self.details and (self.args.evaluate or self.iteration == self.last):
+            with on_disk("pictures", self.global_step):
+                draw(self, self.details)
+        if self.args.capture_video:
+            self.film(play)
+        if leads() and not self.args.evaluate:
+            print(f"{self.global_step} steps in {time.time() - self.started:.0f} s: {self.folder}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.progress:
+            self.progress.close()
+        if self.metrics:
+            self.metrics.close()
+        for envs in self.made:
+            envs.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if kind is FloatingPointError:
+            raise FloatingPointError(f"iteration {self.iteration}: {error}; the last checkpoint stands") from None
+
+    @contextlib.contextmanager
+    def closed_on_error(self):
+        try:
+            yield
+        except BaseException as error:
+            self.__exit__(None, error, None)
+            raise
+
+
+def outcomes(data, envs):
+    """What a rollout's episodes returned, in raw rewards, and whether they succeeded, at any step: (K, N) each."""
+    shape = envs.episodes_per_task, envs.horizon, -1
+    return dict(
+        episode_return=data["raw_rewards"].view(shape).sum(1), episode_success=data["success"].view(shape).any(1)
+    )
+
+
+def by_episode(tasks):
+    """Scalars by name out of {task: {"return", "success"}}, K numbers each: means over tasks, of each episode, of the
+    last one, and of that by family where there are several."""
+    scalars = {}
+    for key, word in (("return", "return"), ("success", "success_rate")):
+        rows = np.array([task[key] for task in tasks.values()])  # (tasks, K)
+        for k in range(rows.shape[1]):
+            scalars[f"{word}_episode_{k + 1}"] = float(rows[:, k].mean())
+        scalars[word] = float(rows[:, -1].mean())  # of the last episode
+        if key == "success":
+            scalars[f"{word}_any_episode"] = float(rows.max(1).mean())
+        families = np.array([name.split("/")[0] for name in tasks])
+        if len(set(families)) > 1:
+            for family in dict.fromkeys(families):
+                scalars[f"{word}/{family}"] = float(rows[families == family, -1].mean())
+    return scalars
+
+
+def start(main, Args, presets, small=None):
+    """`python script.py`: exit status 2 after a user's mistake, 1 after a failure; the last checkpoint stands."""
+    script = script_of(Args)
+    try:
+        main(parse_args(Args, presets, small or {}))
+    except BadInput as error:
+        print(f"{script}.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (WorkerError, FloatingPointError, OSError) as error:
+        print(*getattr(error, "__notes__", ()), f"{script}.py: {error}", sep="\n", file=sys.stderr)
+        sys.exit(1)
