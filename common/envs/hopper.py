@@ -23,14 +23,14 @@ import copy
 
 import numpy as np
 
-from common.envs.locomotion import Locomotion, square
+from common.envs.mujoco_batch import MujocoEnvs
 from common.envs.sessions import named_draws
 
 BASE = 1.5
 VARIED = ("body_mass", "body_inertia", "geom_friction", "dof_damping")
 
 
-class HopperMass(Locomotion):
+class HopperMass(MujocoEnvs):
     """obs (12): positions but x (5), velocities clipped at 10 (6), 1 after an early end, else 0. task: e (41).
 
     Each environment has a model of its own, of 0.5 MB.
@@ -81,4 +81,4 @@ class HopperMass(Locomotion):
         return np.hstack([q[:, 1:], v.clip(-10, 10), ~self.healthy(q, v)[:, None]])
 
     def reward(self, q, new_q, a, task):
-        return (new_q - q)[:, 0] / self.dt - 1e-3 * square(a)
+        return (new_q - q)[:, 0] / self.dt - 1e-3 * (a * a).sum(-1)

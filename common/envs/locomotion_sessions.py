@@ -21,12 +21,14 @@ import math
 import numpy as np
 import torch
 
-from common.envs.locomotion import HalfCheetah, Locomotion, mujoco
+from common.envs.film import mujoco
+from common.envs.locomotion import HalfCheetah
+from common.envs.mujoco_batch import MujocoEnvs
 from common.envs.protocol import SPLITS, BadInput
 from common.envs.sessions import Sessions, named_draws, two_contexts
 
 
-class LocomotionSessions(Sessions, Locomotion):
+class LocomotionSessions(Sessions, MujocoEnvs):
     """Back end: `goal`, which rewards and forces read, is the context (n, C), float64. No task beside it: G = 0.
 
     reset_state: whether a session begins with a first state; else where the last one ended.
