@@ -1,8 +1,27 @@
-"""The environments. `make_envs` is the one door to every family.
+"""The environments. `make_envs` is the one door to every family:
 
-envs = make_envs("ML10", num_envs=20, split="train", seed=1, device="cpu")
-obs, info = envs.reset()                                          # every environment draws a new task
-obs, reward, terminated, truncated, info = envs.step(action)
+    from common.envs import make_envs
+
+    envs = make_envs("ML10", num_envs=20, split="train", seed=1, device="cpu")
+    obs, info = envs.reset()                                          # every environment draws a new task
+    for _ in range(envs.meta_horizon):                                # K episodes of H steps, all in lockstep
+        obs, reward, terminated, truncated, info = envs.step(action)
+
+protocol.py says what these return, and what else environments may have. It comes first in the order of imports: then
+the back ends (protocol.TensorEnvs, on the device; mujoco_batch.py; workers.py, processes), the families, `make_envs`.
+Beside them stand sessions.py, for families whose tasks change within an episode, and film.py, which draws MuJoCo's.
+
+Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`
+and `episodes_per_task` where the user sets them and it takes them. It returns an object with `num_envs`, `device`,
+`single_observation_space`, `single_action_space`, `horizon`, `episodes_per_task`, `meta_horizon`, `split`, `tasks`,
+`reset`, `step`, `state_dict`, `load_state_dict`, `close`. The shortest ways to one are
+
+    Gymnasium's environments     workers.WorkerVectorEnv; the docstring of workers.py has a factory
+    tensors on the device        a subclass of protocol.TensorEnvs, like pointrobot.py
+    a MuJoCo model               a subclass of mujoco_batch.MujocoEnvs, like locomotion.py
+
+A grid has `num_cells`, `cell(obs)` and `task_table` (the observation at each task's goal) too, and for ldm.py `cells`
+(num_cells, S), an observation in each. A factory with more splits than train and test names them: `splits`.
 """
 
 import difflib
@@ -51,25 +70,23 @@ def make_envs(
     """The vector environment `env_id`.
 
     env_id: a key of FAMILIES, ML1-<family>, ML10, ML45, or `package.module:factory` of the user's own.
-    reward_version: of Meta-World; v2 or v1. split_rule: of locomotion.py's tasks; varibad or ldm.
+    reward_version: of Meta-World; v2 or v1. split_rule: of the tasks in locomotion.py; varibad or ldm.
     sessions, session_process: of environments with sessions; None, 0 and "" are the family's own.
     sizes: `horizon` and `episodes_per_task`, where the family's own are not wanted (None counts as unset).
     Raises BadInput for an unknown id (with the known ones and the nearest), split, split rule or size, and for sessions
     where there are none.
     """
-    sizes = {name: size for name, size in sizes.items() if size is not None}
-    for name, size in {"num_envs": num_envs, **sizes}.items():
+    options = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in {"num_envs": num_envs, **options}.items():
         if size < 1:
             raise BadInput(f"{name} must be at least 1, not {size}")
     if env_id in FAMILIES:
         factory = _load(FAMILIES[env_id])
     elif ":" in env_id:
         factory = _load(env_id)
-        sizes = {name: size for name, size in sizes.items() if name in inspect.signature(factory).parameters}
+        options = {name: size for name, size in options.items() if name in inspect.signature(factory).parameters}
     elif env_id.startswith("ML"):
-        from common.envs.metaworld import (
-            make_metaworld,  # metaworld takes half a second to import: only who needs it pays
-        )
+        from common.envs.metaworld import make_metaworld  # half a second to import: only who needs it pays
 
         factory = partial(make_metaworld, env_id, reward_version=reward_version)
     else:
@@ -77,18 +94,20 @@ def make_envs(
         nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise BadInput(f"unknown env_id {env_id!r}: known are {', '.join(known)}, or package.module:factory{hint}")
-    splits = (*getattr(factory, "splits", SPLITS), *["all"] * getattr(factory, "joins", False))
+    splits = list(getattr(factory, "splits", SPLITS))
+    if getattr(factory, "joins", False):
+        splits.append("all")
     if split not in splits:
         raise BadInput(f"unknown split {split!r}: {env_id} has {' and '.join(splits)}")
     parameters = inspect.signature(factory).parameters
     if "split_rule" in parameters:
-        sizes["split_rule"] = split_rule
+        options["split_rule"] = split_rule
     for name, value in dict(sessions=sessions, session_process=session_process).items():
         if value and name not in parameters:
             raise BadInput(f"{name} {value}: {env_id} has no sessions")
         if value:
-            sizes[name] = value
-    return factory(num_envs, split, seed, device, **sizes)
+            options[name] = value
+    return factory(num_envs, split, seed, device, **options)
 
 
 def _load(path):

@@ -52,7 +52,7 @@ class Film:
             scene.ngeom += 1
         picture = self.renderer.render()
         picture = Image.fromarray(picture[::-1, ::-1] if self.upside_down else picture)
-        caption = f"episode {episode + 1}, step {step + 1}" + ", success" * self.success
+        caption = f"episode {episode + 1}, step {step + 1}{', success' if self.success else ''}"
         colour = "lightgreen" if self.success else "white"
         ImageDraw.Draw(picture).text((8, 6), caption, fill=colour, font_size=14)
         self.pictures.append(picture)

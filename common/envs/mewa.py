@@ -47,20 +47,16 @@ TEST_TASKS = (  # Table 3, to all digits; the last six are out of the training d
 # Exact returns of the test tasks (raw, undiscounted, 50 steps), by dynamic programming over all states: of random
 # actions, of the best policy for each task, and of one policy for all twelve, the best for the mean of their
 # probabilities.
-REFERENCES = dict(
-    random=(
-        *(-3.55038, -3.56378, -3.57722, -3.76160, -4.39160, -7.45891),
-        *(-7.85304, -7.11244, -8.36073, -9.53743, -10.70902, -10.89939),
-    ),
-    optimal=(
-        *(-1.59915, -1.68593, -1.69384, -1.69384, -1.91832, -3.60342),
-        *(-4.29401, -2.14281, -4.74734, -3.33376, -7.43099, -9.22139),
-    ),
-    best_fixed=(
-        *(-2.14281, -2.14281, -2.14281, -2.14281, -2.14281, -3.60342),
-        *(-4.30138, -2.14281, -4.75414, -3.33378, -7.46516, -9.25468),
-    ),
-)
+# fmt: off
+REFERENCES = {
+    "random": (-3.55038, -3.56378, -3.57722, -3.76160, -4.39160, -7.45891,
+               -7.85304, -7.11244, -8.36073, -9.53743, -10.70902, -10.89939),
+    "optimal": (-1.59915, -1.68593, -1.69384, -1.69384, -1.91832, -3.60342,
+                -4.29401, -2.14281, -4.74734, -3.33376, -7.43099, -9.22139),
+    "best_fixed": (-2.14281, -2.14281, -2.14281, -2.14281, -2.14281, -3.60342,
+                   -4.30138, -2.14281, -4.75414, -3.33378, -7.46516, -9.25468),
+}
+# fmt: on
 
 # What a colour has: PARTS[code % 4], blocks in its structure and whether there was a mistake; and whether a structure
 # of it has been completed: code // 4. A block more, without and with a mistake: completed after the third one, taken

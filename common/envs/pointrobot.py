@@ -1,4 +1,7 @@
-"""SparsePointRobot: a point looks for a goal on a half circle (variBAD's SparsePointEnv), on the device."""
+"""SparsePointRobot: a point looks for a goal on a half circle, on the device.
+
+The SparsePointEnv of VariBAD's code (Zintgraf et al., JMLR 2021).
+"""
 
 import math
 

@@ -1,49 +1,53 @@
-"""The environments' protocol.
+"""The environments' protocol: what every family, back end and environment of your own has in common.
 
-    envs = make_envs("ML10", num_envs=20, split="train", seed=1, device="cpu")
     obs, info = envs.reset()                                          # every environment draws a new task
     obs, reward, terminated, truncated, info = envs.step(action)
 
 Gymnasium's VectorEnv in shape, with tensors on `device` and beside it `horizon` H, `episodes_per_task` K,
-`meta_horizon` K*H, `split`, `tasks`. All environments run in lockstep: after H steps the episode ends everywhere
+`meta_horizon` K*H, `split`, `tasks`. All N environments run in lockstep: after H steps the episode ends everywhere
 (`truncated`), every environment is reset into the same task, `obs` is the next episode's first observation and
-`info["final_obs"]`, present at every step, the true successor state. After K episodes the caller calls `reset()`.
+`info["final_obs"]`, present at every step, the true successor state. After K episodes the caller calls `reset()`; a
+step without it raises RuntimeError.
+
+What comes back
 
     obs, info["final_obs"]       float32 (N, S)
     reward                       float32 (N,)
     terminated, truncated        bool (N,)
     info["success"]              bool (N,), at this step; where the family defines it
     info["alive"]                bool (N,), False for the steps that an environment idles after an early termination;
-                                 absent where a family never terminates early. Nothing may learn from idle steps.
+                                 absent where a family never terminates early. Nothing may learn from idle steps: the
+                                 encoder reads them like any others, in rollouts and updates alike; no loss counts them
     info["raw_reward"]           float32 (N,), where `reward` is a normalised one: what reported returns are sums of
     info["task"]                 float32 (N, G), at reset: the ground truth, for oracles and evaluation only
     info["session_end"]          bool (N,), where episodes have sessions (sessions.py): whether this was the last
                                  transition of one. Then `obs` may be a new first state, final_obs is the true successor
     info["context"]              float32 (N, C), there, at reset too: the latent context of the next transition, the
                                  ground truth, for oracles, evaluation and pictures only
-    envs.sessions, envs.session_process    there: the number of sessions in an episode, and how their ends are drawn
+
+Evaluation, splits, random draws
+
     envs.tasks                   names of the split's fixed evaluation tasks, "family/which"; `reset(tasks=names)`
                                  sets N of them and draws nothing
-    envs.score(returns)          scalars by name out of the raw returns of evaluation tasks, name -> K numbers, on the
-                                 scale that the family's papers have; may be absent
     envs.repeat                  1, to be set before a reset: so many neighbours share a task, as environment i draws it
                                  with row i // repeat. P * repeat environments then have the tasks of P with repeat 1;
                                  first states, and all else that is random within a task, differ all the same
-    envs.same_splits             True where the test split holds the training tasks, all of them; may be absent
-    envs.splits                  names of the splits, where there are more than train and test; may be absent
-    envs.joins                   True where a split "all", for oracles, holds the tasks of all others; may be absent
-    envs.film                    film(name, row, actions, path) replays a meta-episode into a GIF; may be absent
-    envs.integer_obs             True where observations are integers from 0 to 255; may be absent
-    envs.reward_values           all rewards that there are, 0 among them, a tensor; may be absent
     state_dict, load_state_dict  all that decides later draws: the number of resets so far
 
-Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`
-and `episodes_per_task` where the user sets them and it takes them. It returns an object with `num_envs`, `device`,
-`single_observation_space`, `single_action_space`, `horizon`, `episodes_per_task`, `meta_horizon`, `split`, `tasks`,
-`reset`, `step`, `state_dict`, `load_state_dict`, `close`; a grid has `num_cells`, `cell(obs)` and `task_table` (the
-observation at each task's goal) too, and for ldm.py `cells` (num_cells, S), an observation in each. A factory with more
-splits than train and test names them: `splits`. The encoder reads idle steps like any others, in rollouts and updates
-alike; no loss counts them.
+What may be absent
+
+    envs.sessions                where there are sessions, their number in an episode; and session_process, which says
+                                 how their ends are drawn
+    envs.splits                  names of the splits, where there are more than train and test
+    envs.joins                   True where a split "all", for oracles, holds the tasks of all others
+    envs.same_splits             True where the test split holds the training tasks, all of them
+    envs.score(returns)          scalars by name out of the raw returns of evaluation tasks, name -> K numbers, on the
+                                 scale that the family's papers have
+    envs.film                    film(name, row, actions, path) replays a meta-episode into a GIF
+    envs.integer_obs             True where observations are integers from 0 to 255
+    envs.reward_values           all rewards that there are, 0 among them, a tensor
+
+How to make environments of your own stands in __init__.py.
 """
 
 import os
@@ -80,7 +84,10 @@ def check_tasks(envs, names):
 
 
 def generator(seed, split, *key):
-    """A generator for what `key`, integers, names. Zeros at the end of a key of up to two do not count."""
+    """numpy's generator for what `key`, integers, names; every random draw of an environment comes from one.
+
+    NumPy pads a short seed with zeros: a key of at most two integers is the same one without zeros at its end.
+    """
     return np.random.default_rng((seed, ALL_SPLITS.index(split), *key))
 
 
@@ -96,11 +103,12 @@ def uniforms(seed, split, resets, num_envs, dim):
 class TensorEnvs:
     """Back end for families whose state is a tensor on the device: time, resets and draws of the protocol.
 
-    A family defines `obs_dim`, `single_action_space` and `tasks`, and three methods:
+    A family defines `obs_dim`, `single_action_space`, `tasks`,
+
+        task_table    what the names in `tasks` stand for, float32 (len(tasks), G)
         goals(u)      float64 (N, 2) in [0, 1) -> the tasks that it draws, float32 (N, G)
-        start()       a new episode in the same tasks -> obs (N, S)
+        start()       a new episode in `self.task` (N, G) -> obs (N, S)
         move(action)  one step -> final_obs (N, S), reward (N,), success (N,)
-    and `task_table`, float32 (len(tasks), G): what the names in `tasks` stand for.
     """
 
     def __init__(self, num_envs, split, seed, device, horizon, episodes_per_task):
@@ -117,13 +125,13 @@ class TensorEnvs:
         self.true = ~self.false
 
     def reset(self, tasks=None):
-        """New tasks: drawn, or those named. Returns obs (N, S) and info with `task` (N, G)."""
+        """New tasks: drawn, or those named. Returns obs (N, S), info with `task` (N, G). BadInput: see check_tasks."""
         import torch
 
         self.named = tasks
         if tasks is None:
             u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)
-            u = u[np.arange(self.num_envs) // self.repeat]
+            u = u[np.arange(self.num_envs) // self.repeat]  # (N, 2)
             self.task = self.goals(torch.from_numpy(u).to(self.device))
             self.resets += 1
         else:
@@ -143,19 +151,23 @@ class TensorEnvs:
         return obs, reward, self.false, self.true if ended else self.false, {"final_obs": final_obs, "success": success}
 
     def draws(self, purpose, dim):
-        """Random numbers in [0, 1) for the episode that begins, float64 (N, dim).
+        """Random numbers in [0, 1) for the episode that begins, float64 (N, dim). purpose: an integer for their use.
 
         Row i depends on (seed, split, resets, i, episode, repeat), or on the task's name, how often it was named before
-        i, and the split and the episode.
+        i, and the split and the episode: an evaluation has the same draws with every seed.
         """
         key = self.elapsed // self.horizon, purpose
         if self.named is None:
-            shared = [self.repeat] * (self.repeat > 1)
-            return generator(self.seed, self.split, self.resets, *key, *shared).random((self.num_envs, dim))
-        rows, counts = [self.tasks.index(name) for name in self.named], Counter()
-        nth = [(counts.update([row]), counts[row] - 1)[1] for row in rows]
+            if self.repeat > 1:
+                key = *key, self.repeat
+            return generator(self.seed, self.split, self.resets, *key).random((self.num_envs, dim))
+        rows = [self.tasks.index(name) for name in self.named]
+        nth, count = [], Counter()  # how often environment i's task was named before
+        for row in rows:
+            nth.append(count[row])
+            count[row] += 1
         keys = [key, *[(*key, n) for n in range(1, max(nth) + 1)]]
-        u = [generator(0, self.split, 0, *k).random((len(self.tasks), dim)) for k in keys]
+        u = [generator(0, self.split, 0, *k).random((len(self.tasks), dim)) for k in keys]  # a table for each n
         return np.stack([u[n][row] for n, row in zip(nth, rows)])
 
     def state_dict(self):

@@ -85,37 +85,47 @@ def make_model(woman=False):
 def first_pose(model, data, u):
     """Sets the robot to a pose whose hand is near HAND, and that touches nothing. u: uniform numbers, GOALS rows.
 
-    Damped least squares (Wampler, 1986) from random angles, until a try ends within all limits and touches nothing.
+    From random angles the hand is moved to a random place, until a try ends within all limits and touches nothing.
     A third of the cube is out of reach, beyond x = -0.63: after STARTS tries the hand gets another place (ours).
     Raises RuntimeError if no try succeeds.
     """
-    hand, jacobian, error = model.body("hand").id, np.zeros((6, model.nv)), np.zeros(6)
     limited = model.jnt_limited[JOINTS] == 1
     low, high = np.where(limited, model.jnt_range[JOINTS].T, [[-np.pi], [np.pi]])
-    for goal, start in ((row[:3], start) for row in u for start in row[3:].reshape(STARTS, 7)):
-        q = low + (high - low) * start
-        for _ in range(30):
-            data.qpos[JOINTS] = q
-            mujoco.mj_kinematics(model, data)
-            error[:3] = HAND + HAND_NOISE * (2 * goal - 1) - data.xpos[hand]
-            mujoco.mju_subQuat(error[3:], HAND_QUAT, data.xquat[hand])  # in the hand's frame
-            mujoco.mju_rotVecQuat(error[3:], error[3:].copy(), data.xquat[hand])
-            if error @ error < 1e-6:
-                break
-            mujoco.mj_comPos(model, data)
-            mujoco.mj_jacBody(model, data, jacobian[:3], jacobian[3:], hand)
-            J = jacobian[:, JOINTS]
-            q = q + J.T @ np.linalg.solve(J @ J.T + 0.01 * np.eye(6), error)
-        else:
-            continue
-        q = np.where(limited, q % (2 * np.pi), wrapped(q))
-        if (q < low).any() or (q > high).any():
-            continue
-        data.qpos[JOINTS] = data.ctrl[JOINTS] = q
-        mujoco.mj_forward(model, data)
-        if data.ncon == 0:
-            return
+    for row in u:
+        goal = HAND + HAND_NOISE * (2 * row[:3] - 1)
+        for start in row[3:].reshape(STARTS, 7):
+            q = reach(model, data, goal, low + (high - low) * start)
+            if q is None:
+                continue
+            q = np.where(limited, q % (2 * np.pi), wrapped(q))
+            if (q < low).any() or (q > high).any():
+                continue
+            data.qpos[JOINTS] = data.ctrl[JOINTS] = q
+            mujoco.mj_forward(model, data)
+            if data.ncon == 0:
+                return
     raise RuntimeError(f"no first pose of the robot in {len(u) * STARTS} tries")
+
+
+def reach(model, data, goal, q):
+    """Joint angles (7) that bring the hand to `goal` (3), in m, turned as HAND_QUAT; None where 30 steps do not.
+
+    Damped least squares (Wampler, 1986), from the angles q.
+    """
+    hand, jacobian, error = model.body("hand").id, np.zeros((6, model.nv)), np.zeros(6)  # position, rotation
+    for _ in range(30):
+        data.qpos[JOINTS] = q
+        mujoco.mj_kinematics(model, data)
+        error[:3] = goal - data.xpos[hand]
+        mujoco.mju_subQuat(error[3:], HAND_QUAT, data.xquat[hand])  # in the hand's frame
+        mujoco.mju_rotVecQuat(error[3:], error[3:].copy(), data.xquat[hand])
+        if error @ error < 1e-6:
+            return q
+        mujoco.mj_comPos(model, data)
+        mujoco.mj_jacBody(model, data, jacobian[:3], jacobian[3:], hand)
+        J = jacobian[:, JOINTS]
+        q = q + J.T @ np.linalg.solve(J @ J.T + 0.01 * np.eye(6), error)
+    return None
 
 
 def wrapped(angle):
@@ -162,10 +172,9 @@ class ScratchItch(Sessions, TensorEnvs):
         self.radius, self.length = sizes[..., 0], 2 * sizes[..., 1]  # (man or woman, limb)
         self.limb_bodies, self.tip = np.array([model.body(name).id for name in limbs]), model.body("tip").id
         self.of_person = model.body_rootid[model.geom_bodyid] == model.body("person").id  # (geoms)
-        self.of_tool, self.scratches = (
-            np.isin(np.arange(model.ngeom), [model.geom(name).id for name in names])
-            for names in (("handle", "rod", "tip"), ("rod", "tip"))
-        )
+        tool = [model.geom(name).id for name in ("handle", "rod", "tip")]
+        self.of_tool = np.isin(np.arange(model.ngeom), tool)
+        self.scratches = np.isin(np.arange(model.ngeom), tool[1:])  # not with the handle
         self.rows = np.arange(num_envs)
         self.blocks = np.array_split(self.rows, min(num_threads or cores(), num_envs))
         self.pool = ThreadPoolExecutor(len(self.blocks))  # MuJoCo lets go of Python while it computes
@@ -193,9 +202,8 @@ class ScratchItch(Sessions, TensorEnvs):
         self.begin()
         self.data = [mujoco.MjData(self.models[woman]) for woman in self.woman]
         self.views = [[getattr(d, name) for d in self.data] for name in ("qpos", "xpos", "xmat", "sensordata")]
-        self.in_threads(
-            self.first_pose, self.draws(FOR_POSES, GOALS * (3 + 7 * STARTS)).reshape(-1, GOALS, 3 + 7 * STARTS)
-        )
+        size = 3 + 7 * STARTS  # numbers for a place of the hand, and for its tries
+        self.in_threads(self.first_pose, self.draws(FOR_POSES, GOALS * size).reshape(-1, GOALS, size))
         self.read()
         self.force = np.zeros(self.num_envs)  # on the tool
         self.last = np.zeros((self.num_envs, 3))  # the last scratch
@@ -218,7 +226,7 @@ class ScratchItch(Sessions, TensorEnvs):
             for i in rows:
                 function(i, values[i])
 
-        deque(self.pool.map(block, self.blocks), 0)
+        deque(self.pool.map(block, self.blocks), 0)  # waits, and raises what a thread raised
 
     def read(self):
         """The state after a step: joint angles (N, nq), positions (N, bodies, 3), rotations, sensors."""

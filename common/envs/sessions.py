@@ -1,6 +1,6 @@
 """Sessions (Liang et al., "DynaMITE-RL", 2024, section 3): spans of an episode, each with one latent context.
 
-    class Mine(Sessions, TensorEnvs):       # or another back end, with its `reset` and `step`
+    class Mine(Sessions, TensorEnvs):       # or another back end with its `reset` and `step`
         def __init__(self, num_envs, ..., sessions=0, session_process=""):
             super().__init__(num_envs, ...)
             self.set_sessions(sessions, session_process)
@@ -49,7 +49,8 @@ def session_ends(process, sessions, horizon, u):
     if process == "fixed":
         if horizon % sessions:
             raise BadInput(f"sessions {sessions} do not divide the {horizon} steps of an episode: fixed needs that")
-        ends[:, horizon // sessions - 1 :: horizon // sessions] = True
+        length = horizon // sessions
+        ends[:, length - 1 :: length] = True
     elif process == "bernoulli":
         ends = u < (sessions - 1) / max(horizon - 1, 1)
     else:

@@ -42,7 +42,7 @@ from common.envs.protocol import WorkerError, check_tasks, cores, uniforms
 
 
 class WorkerVectorEnv:
-    """N environments in lockstep, in W worker processes; the protocol is that of common/envs/protocol.py.
+    """N environments in lockstep, in W worker processes; the protocol is that of protocol.py.
 
     families: dict name -> picklable callable that makes an environment of the family; all families of the benchmark,
         whatever the split: the ground truth begins with a one-hot code over them (left out where there is one).
@@ -101,14 +101,7 @@ class WorkerVectorEnv:
         import torch
 
         if tasks is None:
-            u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)
-            self.resets += 1
-            shared = u[np.arange(self.num_envs) // self.repeat]
-            families = [self._drawn_from[int(x)] for x in shared[:, 0] * len(self._drawn_from)]
-            tasks = [
-                self._names[family][int(x * len(self._names[family]))] for family, x in zip(families, shared[:, 1])
-            ]
-            seeds = [int(x * 2**32) for x in u[:, 1]]
+            tasks, seeds = self._draw()
         else:
             check_tasks(self, tasks)
             seeds = range(self.num_envs)
@@ -123,11 +116,12 @@ class WorkerVectorEnv:
         for worker, rows in zip(self._workers, self._rows):
             for i in rows:
                 family, _, data = self._current[i]
-                self._tell(worker, "reset", i, family, data, seeds[i])
+                self._tell(worker, "reset", i, family, data, seeds[i])  # all workers at once: answers are read below
         truths = {i: self._answer(worker) for worker, rows in zip(self._workers, self._rows) for i in rows}
         self.elapsed = 0
-        one_hot = np.eye(len(self.families))[[self.families.index(family) for family, _, _ in self._current]]
-        truth = np.zeros((self.num_envs, 0)) if len(self.families) == 1 else one_hot
+        truth = np.eye(len(self.families))[[self.families.index(family) for family, _, _ in self._current]]  # one-hot
+        if len(self.families) == 1:
+            truth = truth[:, :0]
         if truths[0] is not None:
             truth = np.concatenate([truth, [truths[i] for i in range(self.num_envs)]], axis=1)
         obs = self._shared.obs.to(self.device, copy=True)
@@ -151,6 +145,17 @@ class WorkerVectorEnv:
         new = {k: getattr(self._shared, k).to(self.device, copy=True) for k in keys}
         obs = self._shared.obs.to(self.device, copy=True) if restart else new["final_obs"]
         return obs, new.pop("reward"), new.pop("terminated"), self._all[ended], new
+
+    def _draw(self):
+        """New tasks, by name, and a seed of each environment: family first, so that all have the same probability."""
+        u = uniforms(self.seed, self.split, self.resets, self.num_envs, 2)
+        self.resets += 1
+        tasks = []
+        for of_family, of_task in u[np.arange(self.num_envs) // self.repeat]:
+            family = self._drawn_from[int(of_family * len(self._drawn_from))]
+            names = self._names[family]
+            tasks.append(names[int(of_task * len(names))])
+        return tasks, [int(x * 2**32) for x in u[:, 1]]
 
     def state_dict(self):
         return {"resets": self.resets}
