@@ -14,7 +14,7 @@ Shapes: T steps of a meta-episode, N environments, B batch, S observation, A act
 
 Equation (of the JMLR paper)                                     function
     belief q(m | tau_:t) = N(mu, sigma^2), its prior at t = 0    Encoder, BeliefModel.posterior
-    reward and transition likelihoods p(r | m), p(s' | m)        Decoder, MultiHeadDecoder, reconstruction
+    reward and transition likelihoods p(r | m), p(s' | m)        Decoder, reconstruction
     ELBO_t: every m_t decodes the whole trajectory               elbo
     KL(q(m | tau_:t) || q(m | tau_:t-1)), KL(q(m) || N(0, I))    kl_gaussians, elbo
     policy pi(a | s, mu, sigma), PPO                             Agent, gae, ppo_update
@@ -33,12 +33,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Normal
 
-from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experiment, Fraction, Layers
+from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experiment, Fraction, Layers, refuse
 from common.envs import BadInput
-from common.networks import GRU, RunningNorm, mlp, normc_
+from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_returns
 from common.processes import all_sum, check_finite, descend, ranks, share
-from common.run import Run, outcomes, start
+from common.rollouts import outcomes, records
+from common.run import Run, start
 
 # ---------- 1. Arguments ----------
 
@@ -96,8 +97,6 @@ class Belief:
     tbptt: Count0 = 0  # steps of a window of truncated back-propagation through time; 0 = whole meta-episode
     elbo_terms: Count0 = 0  # posteriors drawn per meta-episode; 0 = all
     decode_terms: Count0 = 0  # transitions drawn per meta-episode; 0 = all
-    # Transitions that m_t decodes: all of the meta-episode (the paper), those to come, those to come in this episode.
-    decode_window: Literal["all", "future", "episode"] = "all"
     # One Bernoulli per grid cell (multihead), or the squared error of the reward of (m, s, a, s') or of (m, s').
     reward_decoder: Literal["multihead", "mlp", "mlp-next"] = "multihead"
     decoder_layers: Layers = (32, 32)  # hidden layers (ReLU) of each decoder
@@ -118,31 +117,18 @@ class Args(Belief, PPO, Experiment):
 
 def check_args(args):
     """BadInput for arguments that do not fit each other."""
-    T = args.horizon * args.episodes_per_task
-    steps = args.num_envs // ranks() * T
-    for wrong, sentence in (
+    steps = args.num_envs // ranks() * args.horizon * args.episodes_per_task
+    refuse(
         (
             steps % args.num_minibatches,
             f"--num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration",
         ),
-        (
-            args.tbptt and T % min(args.tbptt, T),
-            f"--tbptt {args.tbptt} does not divide the {T} steps of a meta-episode",
-        ),
         (args.belief_batch < ranks(), f"--belief-batch {args.belief_batch}: {ranks()} processes cannot share it"),
-        (args.buffer_size < args.num_envs, f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}"),
-        (
-            not args.std_min < args.std_init < args.std_max,
-            f"--std-init {args.std_init} must lie inside --std-min {args.std_min}, --std-max {args.std_max}",
-        ),
         (
             args.belief and is_blind(args.total_timesteps - 1, args),
             f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}",
         ),
-        (args.oracle_context and not args.belief, "--no-belief and --oracle-context exclude each other"),
-    ):
-        if wrong:
-            raise BadInput(sentence)
+    )
 
 
 def is_blind(step, args):
@@ -161,15 +147,15 @@ class Agent(nn.Module):
 
     def __init__(self, args, obs_dim, action_space, belief_sizes):
         super().__init__()
-        self.belief_sizes = belief_sizes
+        self.belief_sizes, self.discrete = belief_sizes, hasattr(action_space, "n")
+        n_out = int(action_space.n) if self.discrete else action_space.shape[0]
+        self.std = None if self.discrete else BoundedStd(n_out, args.std_init, args.std_min, args.std_max)
         # In training the code of a test's family is constant: a higher floor keeps the oracle from blowing it up.
         min_std = 0.02 if args.oracle_context else 1e-4
         self.obs_norm, self.belief_norm = RunningNorm(obs_dim), RunningNorm(sum(belief_sizes.values()), min_std)
         self.return_norm, self.first_norm = RunningNorm(1), RunningNorm(obs_dim)
         self.obs_embed = nn.Linear(obs_dim, args.obs_embed)
         self.belief_embeds = nn.ModuleDict({k: nn.Linear(size, args.belief_embed) for k, size in belief_sizes.items()})
-        self.discrete = hasattr(action_space, "n")
-        n_out = int(action_space.n) if self.discrete else action_space.shape[0]
         sizes = [args.obs_embed + args.belief_embed * len(belief_sizes), *args.policy_layers]
         self.actor, self.critic = mlp([*sizes, n_out], nn.Tanh), mlp([*sizes, 1], nn.Tanh)
         for net in (self.actor, self.critic):
@@ -180,10 +166,6 @@ class Agent(nn.Module):
             nn.init.zeros_(self.actor[-1].bias)
         else:
             normc_(self.actor[-1], 1.0)
-            # The logarithm of the deviation stays softly between its bounds: low + (high - low) * sigmoid(raw_std)
-            self.log_std_low, self.log_std_high = math.log(args.std_min), math.log(args.std_max)
-            place = (math.log(args.std_init) - self.log_std_low) / (self.log_std_high - self.log_std_low)
-            self.raw_std = nn.Parameter(torch.full((n_out,), math.log(place / (1 - place))))
 
     def named(self, belief):
         """A belief (..., sum of the sizes) -> its parts by name."""
@@ -193,9 +175,6 @@ class Agent(nn.Module):
         parts = self.named(self.belief_norm(belief))
         embedded = [self.obs_embed(self.obs_norm(obs))] + [self.belief_embeds[name](x) for name, x in parts.items()]
         return torch.cat(embedded, -1).tanh()
-
-    def std(self):
-        return (self.log_std_low + (self.log_std_high - self.log_std_low) * self.raw_std.sigmoid()).exp()
 
     def act(self, obs, belief, deterministic=False):
         """obs (N, S), belief (N, .) -> actions: int64 (N,) or float32 (N, A). Samples without a wait for the device."""
@@ -288,18 +267,6 @@ class Decoder(nn.Module):
         return self.net[1:](hidden)
 
 
-class MultiHeadDecoder(nn.Module):
-    """Grid worlds: the logits, one a cell, of p(r = 1 | m, s') for every cell s'."""
-
-    def __init__(self, args, num_cells):
-        super().__init__()
-        self.net = mlp([args.latent_dim, *args.decoder_layers, num_cells], nn.ReLU)
-
-    def forward(self, m):
-        """m (E, B, Z) -> (E, B, cells)."""
-        return self.net(m)
-
-
 # ---------- 3. Belief model: what this paper changes ----------
 
 
@@ -317,7 +284,8 @@ class BeliefModel(nn.Module):
         if args.reward_decoder == "multihead":
             if self.cell is None:
                 raise BadInput(f"--reward-decoder multihead needs a grid of one goal, not {args.env_id}: choose mlp")
-            self.reward_decoder = MultiHeadDecoder(args, envs.num_cells)
+            # m (..., Z) -> the logits of p(r = 1 | m, s') for every cell s' (..., cells)
+            self.reward_decoder = mlp([args.latent_dim, *args.decoder_layers, envs.num_cells], nn.ReLU)
         else:
             inputs = ("next_obs",) if args.reward_decoder == "mlp-next" else ("obs", "action", "next_obs")
             self.reward_decoder = Decoder(args, S, A, 1, inputs)
@@ -367,19 +335,10 @@ def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
     return 0.5 * (prior_logvar - logvar + ratio - 1).sum(-1)
 
 
-def window(t, i, args):
-    """Whether the posterior after t transitions decodes transition i (from 0): broadcasts t with i."""
-    if args.decode_window == "all":
-        return (t >= 0) & (i >= 0)
-    future = i >= t
-    return future if args.decode_window == "future" else future & (i // args.horizon == t // args.horizon)
+def reconstruction(model, m, real, batch, args):
+    """-log p(r | m_t, s, a, s') and -log p(s' | m_t, s, a), up to constants: means over pairs of m_t and transition.
 
-
-def reconstruction(model, m, t, real, batch, args):
-    """-log p(r | m_t, s, a, s') and -log p(s' | m_t, s, a), up to constants, in the mean over the pairs of `window`.
-
-    m (E, B, Z): samples of the posteriors number t (E, B), of which those count that are `real` (E, B).
-    batch: raw transitions (T, B, .). Returns two scalars.
+    m (E, B, Z): samples of posteriors, of which those count that are `real` (E, B). batch: raw transitions (T, B, .).
     """
     T, B = batch["rewards"].shape
     device = m.device
@@ -394,40 +353,28 @@ def reconstruction(model, m, t, real, batch, args):
             batch[name][i, columns] for name in ("obs", "actions", "next_obs", "rewards", "alive")
         )
         x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
-        weight = (window(t[:, None], i, args) & alive & real[:, None]).float()  # (E, D, B)
+        weight = (alive & real[:, None]).float()  # (E, D, B)
         weight = weight / all_sum(weight.sum()).clamp(min=1)
-    if args.reward_decoder != "multihead":
-        predicted = model.reward_decoder(m, *x).squeeze(-1)
-        reward_loss = ((predicted - reward).square() * weight).sum()
+    if args.reward_decoder == "multihead":
+        reward_loss = multihead_loss(model.reward_decoder(m), real, batch, model.cell)
     else:
-        reward_loss = multihead_loss(model.reward_decoder(m), t, real, batch, model.cell, args)
+        error = (model.reward_decoder(m, *x).squeeze(-1) - reward).square()
+        reward_loss = (error * weight).sum()
     if model.state_decoder:  # predicts the change of state: ahead of s' itself from the first step
         error = (model.state_decoder(m, *x) - (next_obs - obs)).square().mean(-1)
         state_loss = (error * weight).sum()
     return reward_loss, state_loss
 
 
-def multihead_loss(logits, t, real, batch, cell, args):
-    """Binary cross-entropy of r = 1 in the cell of s', in the mean over the pairs of `window`.
+def multihead_loss(logits, real, batch, cell):
+    """Binary cross-entropy of r = 1 in the cell of s', in the mean over pairs: logits (E, B, cells), real (E, B).
 
-    The logit of a cell is the same for each visit, so it is enough to count the visits with and without reward:
-    logits (E, B, cells), t, real (E, B).
+    The logit of a cell is the same for each visit, so it is enough to count the visits with and without reward.
     """
     visits = F.one_hot(cell(batch["next_obs"]), logits.shape[-1])  # (T, B, cells)
     visits = (visits * batch["alive"].unsqueeze(-1)).float()
     hits = visits * (batch["rewards"] == 1).unsqueeze(-1)
-    if args.decode_window == "all":
-        visits, hits = visits.sum(0), hits.sum(0)  # (B, cells): the same for all posteriors
-    else:
-        if args.decode_window == "episode":
-            visits, hits = (x.view(-1, args.horizon, *x.shape[1:]) for x in (visits, hits))
-        else:
-            visits, hits = visits[None], hits[None]
-        columns = torch.arange(t.shape[1], device=logits.device)
-        visits, hits = (  # of transitions t, t + 1, ... : (T + 1, B, cells), then those of the drawn t
-            F.pad(x.flip(1).cumsum(1).flip(1).flatten(0, 1), (0, 0, 0, 0, 0, 1))[t, columns] for x in (visits, hits)
-        )
-    visits, hits = visits * real.unsqueeze(-1), hits * real.unsqueeze(-1)
+    visits, hits = (x.sum(0) * real.unsqueeze(-1) for x in (visits, hits))  # (E, B, cells)
     loss = visits * F.softplus(logits) - hits * logits  # = hits * softplus(-x) + (visits - hits) * softplus(x)
     return loss.sum() / all_sum(visits.sum()).clamp(min=1)
 
@@ -444,9 +391,9 @@ def elbo(model, batch, args):
         before = [torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (mean, logvar)]
         kl = kl_gaussians(mean, logvar, *before)
     real = torch.cat([torch.ones_like(batch["alive"][:1]), batch["alive"]])  # not after a step of an idle environment
-    t, (mean, logvar, kl, real) = draw_posteriors(args, mean, logvar, kl, real)
+    mean, logvar, kl, real = draw_posteriors(args, mean, logvar, kl, real)
     m = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    reward_loss, state_loss = reconstruction(model, m, t, real, batch, args)
+    reward_loss, state_loss = reconstruction(model, m, real, batch, args)
     kl = average(kl, real)
     loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl
     return loss, dict(loss=loss, reward=reward_loss, state=state_loss, kl=kl)
@@ -458,16 +405,12 @@ def average(x, real):
 
 
 def draw_posteriors(args, *tensors):
-    """args.elbo_terms posteriors of each meta-episode, uniformly with replacement, or all.
-
-    tensors: (T + 1, B, ...). Returns their numbers t (E, B) and the tensors at these.
-    """
+    """tensors (T + 1, B, ...) at args.elbo_terms posteriors of each meta-episode, drawn with replacement, or at all."""
     T1, B = tensors[0].shape[:2]
-    device = tensors[0].device
     if not 0 < args.elbo_terms < T1:
-        return torch.arange(T1, device=device)[:, None].expand(T1, B), tensors
-    t = torch.randint(T1, (args.elbo_terms, B), device=device)
-    return t, [x[t, torch.arange(B, device=device)] for x in tensors]
+        return tensors
+    t = torch.randint(T1, (args.elbo_terms, B), device=tensors[0].device)
+    return [x[t, torch.arange(B, device=t.device)] for x in tensors]
 
 
 def update_belief(model, optimizer, buffer, args):
@@ -558,22 +501,16 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
 class Buffer:
     """Ring of the last meta-episodes, preallocated on the device: one tensor (size, T, ...) for each entry."""
 
+    NAMES = ("obs", "next_obs", "actions", "rewards", "alive")
+
     def __init__(self, size, envs):
-        shape, device = (size, envs.meta_horizon), envs.device
-        S, space = envs.single_observation_space.shape[0], envs.single_action_space
-        A, kind = ((), torch.int64) if hasattr(space, "n") else (space.shape, torch.float32)
+        one = {name: tensor[:, 0] for name, tensor in records(envs).items() if name in self.NAMES}
         self.size, self.next, self.full = size, 0, 0
-        self.store = dict(
-            obs=torch.empty(*shape, S, device=device),
-            next_obs=torch.empty(*shape, S, device=device),
-            actions=torch.empty(*shape, *A, device=device, dtype=kind),
-            rewards=torch.empty(shape, device=device),
-            alive=torch.empty(shape, device=device, dtype=torch.bool),
-        )
-        self.row_bytes = sum(tensor[:1].nbytes for tensor in self.store.values())
+        self.store = {name: tensor.new_empty(size, *tensor.shape) for name, tensor in one.items()}
+        self.row_bytes = sum(tensor.nbytes for tensor in one.values())
 
     def add(self, data):
-        """data: (T, N, ...) for each entry."""
+        """data: (T, N, ...) for each of NAMES."""
         n = data["rewards"].shape[1]
         slots = torch.arange(self.next, self.next + n, device=data["rewards"].device) % self.size
         for name, tensor in self.store.items():
@@ -601,19 +538,9 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
     beliefs (T + 1, N, .), task (N, G), episode_return, episode_success (K, N), env_seconds, the time spent in
     `envs.step`, and details: what an evaluation keeps of each environment, its last belief by parts.
     """
-    T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
-    device, A = envs.device, () if agent.discrete else envs.single_action_space.shape
-    data = dict(  # made outside inference mode, so that the updates may use them
-        obs=torch.empty(T, N, S, device=device),
-        next_obs=torch.empty(T, N, S, device=device),
-        actions=torch.empty(T, N, *A, device=device, dtype=torch.int64 if agent.discrete else torch.float32),
-        rewards=torch.empty(T, N, device=device),
-        raw_rewards=torch.empty(T, N, device=device),  # what returns are reported in
-        terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
-        alive=torch.ones(T, N, device=device, dtype=torch.bool),
-        success=torch.zeros(T, N, device=device, dtype=torch.bool),
-        beliefs=torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device),
-    )
+    T, N, device = envs.meta_horizon, envs.num_envs, envs.device
+    beliefs = torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device)
+    data = records(envs) | dict(beliefs=beliefs)
     env_seconds = 0.0
     with torch.inference_mode():
         obs, info = envs.reset(tasks)

@@ -126,6 +126,28 @@ def check_bounds(args):
         raise BadInput(f"{flag(name)} must be {what}{' and '.join(limits)}, not {value}")
 
 
+def check_fit(args):
+    """BadInput for arguments of any script that do not fit each other, once the environment's sizes are known."""
+    T = args.horizon * args.episodes_per_task
+    tbptt = getattr(args, "tbptt", 0)  # laser.py has none
+    refuse(
+        (args.oracle_context and not args.belief, "--no-belief and --oracle-context exclude each other"),
+        (args.buffer_size < args.num_envs, f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}"),
+        (tbptt and T % min(tbptt, T), f"--tbptt {tbptt} does not divide the {T} steps of a meta-episode"),
+        (
+            not args.std_min < args.std_init < args.std_max,
+            f"--std-init {args.std_init} must lie inside --std-min {args.std_min}, --std-max {args.std_max}",
+        ),
+    )
+
+
+def refuse(*faults):
+    """BadInput for the first of the pairs (whether it holds, sentence) that holds."""
+    for holds, sentence in faults:
+        if holds:
+            raise BadInput(sentence)
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 

@@ -1,4 +1,6 @@
-"""What no paper claims: normalisers, layers and their initialisation, and a GRU that is fast on a CPU."""
+"""What no paper claims: normalisers, layers and their initialisation, an action's deviation, a fast GRU for CPUs."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,19 @@ def normc_(layer, gain):
         layer.weight.normal_()
         layer.weight *= gain / layer.weight.norm(dim=1, keepdim=True)
         layer.bias.zero_()
+
+
+class BoundedStd(nn.Module):
+    """The deviations of `size` actions, learnt, softly between bounds: log std = low + (high - low) * sigmoid(raw)."""
+
+    def __init__(self, size, start, low, high):
+        super().__init__()
+        self.low, self.high = math.log(low), math.log(high)
+        place = (math.log(start) - self.low) / (self.high - self.low)
+        self.raw = nn.Parameter(torch.full((size,), math.log(place / (1 - place))))
+
+    def forward(self):
+        return (self.low + (self.high - self.low) * self.raw.sigmoid()).exp()
 
 
 class GRU(nn.GRU):

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from common.arguments import flag, parse_args, script_of
+from common.arguments import check_fit, flag, parse_args, refuse, script_of
 from common.envs import SPLITS, BadInput, WorkerError, make_envs
 from common.files import (
     CHECKPOINT,
@@ -49,6 +49,7 @@ from common.files import (
     weights,
 )
 from common.processes import all_sum, check_finite, leads, rank, ranks
+from common.rollouts import by_episode
 
 LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen
 # Arguments that a checkpoint's environments and buffers were made with: --resume cannot change them.
@@ -93,12 +94,13 @@ class Run:
                 setattr(args, name, own)
             args.sessions = getattr(self.envs, "sessions", 0)
             args.session_process = getattr(self.envs, "session_process", "")
+            check_fit(args)
         torch.manual_seed(args.seed)
 
     def check_args(self):
         """BadInput for arguments of the experiment that do not fit each other, or this machine."""
         args = self.args
-        for wrong, sentence in (
+        refuse(
             (args.num_envs % ranks(), f"--num-envs {args.num_envs}: {ranks()} processes cannot share them"),
             (args.resume and args.evaluate, "--resume and --evaluate exclude each other"),
             (args.capture_video and not args.evaluate, "--capture-video goes with --evaluate"),
@@ -108,9 +110,7 @@ class Run:
                 args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count(),
                 f"--cuda: more processes than the {torch.cuda.device_count()} CUDA devices",
             ),
-        ):
-            if wrong:
-                raise BadInput(sentence)
+        )
 
     def make_envs(self, split, num_envs, **sizes):
         """Environments of this experiment, closed with the run."""
@@ -430,32 +430,6 @@ class Run:
         except BaseException as error:
             self.__exit__(None, error, None)
             raise
-
-
-def outcomes(data, envs):
-    """What a rollout's episodes returned, in raw rewards, and whether they succeeded, at any step: (K, N) each."""
-    shape = envs.episodes_per_task, envs.horizon, -1
-    return dict(
-        episode_return=data["raw_rewards"].view(shape).sum(1), episode_success=data["success"].view(shape).any(1)
-    )
-
-
-def by_episode(tasks):
-    """Scalars by name out of {task: {"return", "success"}}, K numbers each: means over tasks, of each episode, of the
-    last one, and of that by family where there are several."""
-    scalars = {}
-    for key, word in (("return", "return"), ("success", "success_rate")):
-        rows = np.array([task[key] for task in tasks.values()])  # (tasks, K)
-        for k in range(rows.shape[1]):
-            scalars[f"{word}_episode_{k + 1}"] = float(rows[:, k].mean())
-        scalars[word] = float(rows[:, -1].mean())  # of the last episode
-        if key == "success":
-            scalars[f"{word}_any_episode"] = float(rows.max(1).mean())
-        families = np.array([name.split("/")[0] for name in tasks])
-        if len(set(families)) > 1:
-            for family in dict.fromkeys(families):
-                scalars[f"{word}/{family}"] = float(rows[families == family, -1].mean())
-    return scalars
 
 
 def start(main, Args, presets, small=None):

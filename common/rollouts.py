@@ -1,0 +1,51 @@
+"""What a rollout records, and what is reported of it."""
+
+import numpy as np
+import torch
+
+
+def records(envs):
+    """Tensors, time-major, for what every rollout of T = K * H steps in N environments records, by name:
+
+    obs, next_obs (T, N, S), the state before and after a step; actions, int64 (T, N) or float32 (T, N, A); rewards and
+    raw_rewards, in which returns are reported, terminated, alive, success (T, N). Made outside of inference mode, so
+    that updates may use them.
+    """
+    T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
+    space, device = envs.single_action_space, envs.device
+    A, kind = ((), torch.int64) if hasattr(space, "n") else (space.shape, torch.float32)
+    return dict(
+        obs=torch.empty(T, N, S, device=device),
+        next_obs=torch.empty(T, N, S, device=device),
+        actions=torch.empty(T, N, *A, device=device, dtype=kind),
+        rewards=torch.empty(T, N, device=device),
+        raw_rewards=torch.empty(T, N, device=device),
+        terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
+        alive=torch.ones(T, N, device=device, dtype=torch.bool),
+        success=torch.zeros(T, N, device=device, dtype=torch.bool),
+    )
+
+
+def outcomes(data, envs):
+    """What each episode of a rollout returned, in raw rewards, and whether it succeeded, at any step: (K, N) each."""
+    shape = envs.episodes_per_task, envs.horizon, -1
+    returns, success = data["raw_rewards"].view(shape).sum(1), data["success"].view(shape).any(1)
+    return dict(episode_return=returns, episode_success=success)
+
+
+def by_episode(tasks):
+    """Scalars by name out of {task: {"return", "success"}}, K numbers each: means over tasks, of each episode, of the
+    last one, and of that by family where there are several."""
+    scalars = {}
+    for key, word in (("return", "return"), ("success", "success_rate")):
+        rows = np.array([task[key] for task in tasks.values()])  # (tasks, K)
+        for k in range(rows.shape[1]):
+            scalars[f"{word}_episode_{k + 1}"] = float(rows[:, k].mean())
+        scalars[word] = float(rows[:, -1].mean())  # of the last episode
+        if key == "success":
+            scalars[f"{word}_any_episode"] = float(rows.max(1).mean())
+        families = np.array([name.split("/")[0] for name in tasks])
+        if len(set(families)) > 1:
+            for family in dict.fromkeys(families):
+                scalars[f"{word}/{family}"] = float(rows[families == family, -1].mean())
+    return scalars
