@@ -28,7 +28,8 @@ from common.envs import BadInput
 
 # arguments that change nothing of what a run learns
 NO_SETTING = set(
-    "seed run_dir resume evaluate cuda compile track capture_video eval_interval checkpoint_interval versions".split()
+    "seed run_dir resume evaluate explored cuda compile track capture_video eval_interval checkpoint_interval "
+    "versions".split()
 )
 NAMES = {"varibad": "variBAD", "dme": "DME", "ldm": "LDM", "dynamite_rl": "DynaMITE-RL", "laser": "LaSER"}
 MAX_POINTS = 200  # of a curve
@@ -488,7 +489,7 @@ def compare(folders, key, out, smooth=1):
     notes = ["interquartile mean and its 95 % bootstrap interval over seeds"] * any(len(g) > 1 for g in groups.values())
     notes += [f"mean of the last {smooth} rows"] * (smooth > 1)
     curves, adaptation, xlabel = {}, {}, ""
-    table = [f"| group | seeds | steps | {describe(key)}: IQM [95 % interval] | {name} by episodes |", "|---" * 5 + "|"]
+    table = [f"| group | seeds | steps | {describe(key)}: IQM [95 % interval] | by episodes |", "|---" * 5 + "|"]
     for label, members in groups.items():
         steps = common_steps(label, members, key)
         ends = {run.metrics[key][0, -1]: run.folder for run in members}
