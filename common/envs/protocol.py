@@ -84,7 +84,7 @@ def check_tasks(envs, names):
 
 
 def generator(seed, split, *key):
-    """numpy's generator for what `key`, integers, names; every random draw of an environment comes from one.
+    """A numpy generator for what `key`, integers, names. Tasks, first states and seeds are all drawn from one of these.
 
     NumPy pads a short seed with zeros: a key of at most two integers is the same one without zeros at its end.
     """

@@ -1,5 +1,7 @@
 """Worker processes that serve Gymnasium environments with tasks: the back end of Meta-World and of your own.
 
+    from common.envs.workers import WorkerVectorEnv
+
     def make_envs(num_envs, split, seed, device, horizon=200, episodes_per_task=3):     # --env-id my_module:make_envs
         families = {"cart": make_cart}                                  # name -> callable that makes an environment
         tasks = [("cart", mass, {"mass": mass}) for mass in MASSES[split]]    # (family, name, what set_task receives)
