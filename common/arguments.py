@@ -74,7 +74,7 @@ class Experiment:
 def parse_args(Args, presets, small, argv=None):
     """The command line over the arguments saved in --resume or --evaluate, else over the preset of --env-id.
 
-    presets: by environment or family ("ML1" for "ML1-reach"); that of "module:factory" is for a user's own.
+    presets: by environment or family ("ML1" for "ML1-reach"); "module:factory" is for all others, a user's own too.
     small: what is laid over them on machines without a GPU. Raises BadInput for an argument out of bounds.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -95,8 +95,8 @@ def parse_args(Args, presets, small, argv=None):
         defaults |= state["args"] | dict(resume="", evaluate="", run_dir=str(Path(path).parent))
     else:
         name = known.env_id.removesuffix("-v2").removesuffix("-v3")
-        family = "module:factory" if ":" in name else name.split("-")[0]
-        defaults |= presets.get(name, presets.get(family, {}))
+        family = name.split("-")[0]
+        defaults |= presets.get(name, presets.get(family, presets["module:factory"]))
         defaults |= {} if known.cuda else small.get(name, small.get(family, {}))
     groups = [base for base in Args.__mro__[:0:-1] if is_dataclass(base)]  # one heading each in --help
     values = [group(**{f.name: defaults[f.name] for f in fields(group)}) for group in groups]
@@ -118,10 +118,8 @@ def check_bounds(args):
         b = bounds or Bounds()
         if numbers and all(b.at_least <= x <= b.at_most and x > b.above and math.isfinite(x) for x in numbers):
             continue
-        limits = [f"above {b.above:g}"] * (b.above > -math.inf) + [f"at least {b.at_least:g}"] * (
-            b.at_least > -math.inf
-        )
-        limits += [f"at most {b.at_most:.10g}"] * (b.at_most < math.inf) or ["finite"]
+        limits = dict(above=b.above, at_least=b.at_least, at_most=b.at_most).items()
+        limits = [f"{word.replace('_', ' ')} {x:.10g}" for word, x in limits if math.isfinite(x)] or ["finite"]
         what = "one or more numbers, each " * isinstance(value, tuple)
         raise BadInput(f"{flag(name)} must be {what}{' and '.join(limits)}, not {value}")
 
