@@ -9,8 +9,6 @@ Shapes: T steps of a meta-episode, N environments, B batch, S observation, A act
 
     python varibad.py --env-id GridWorld            # every preset is a default: --help shows it
     python varibad.py --env-id ML10 --cuda
-    python varibad.py --resume runs/.../checkpoint.pt
-    python varibad.py --evaluate runs/.../checkpoint.pt
 
 Equation (of the JMLR paper)                                     function
     belief q(m | tau_:t) = N(mu, sigma^2), its prior at t = 0    Encoder, BeliefModel.posterior
@@ -19,6 +17,16 @@ Equation (of the JMLR paper)                                     function
     KL(q(m | tau_:t) || q(m | tau_:t-1)), KL(q(m) || N(0, I))    kl_gaussians, elbo
     policy pi(a | s, mu, sigma), PPO                             Agent, gae, ppo_update
     Algorithm: rollout, policy update, belief update             main
+
+Where this leaves the paper, and the authors' code
+    An iteration is one meta-episode of every environment; a belief starts from the prior exactly there.
+    After an episode's end the policy sees the next one's first state (theirs: the last one, with a flag); encoder and
+    decoders are fed the true successor, without a flag.
+    Terms of the ELBO are means over batch, posteriors and transitions (theirs: the KL is a sum over the batch).
+    Credit flows between the episodes of a task; --time-limit episode cuts it, as they do off the grid.
+    GridWorld: the entropy bonus falls from .04 to .01 (theirs: .01 throughout, and some seeds stop searching).
+    Off the grid the belief model's inputs are standardised, and the state decoder predicts s' - s.
+    Ours, for small machines: --belief-warmup, --belief-anneal-lr, --obs-shift, and the sizes without --cuda.
 """
 
 import math
