@@ -800,7 +800,7 @@ def main(args):
             run.log(losses, data, {"charts/virtual": float(virtual)})
             if run.due(args.eval_interval):
                 run.evaluate(play)
-            if run.due(args.checkpoint_interval) or run.stopped():
+            if run.stopped() or run.due(args.checkpoint_interval):
                 run.save()
         run.finish(play, partial(draw_pictures, agent, model, args))
 

@@ -111,15 +111,21 @@ class Belief:
     decoder_dropout: Dropout = 0.0  # dropout on the decoders' embeddings of s, a, s'
     reward_coef: AtLeast0 = 1.0  # weight of the reward's reconstruction
     state_coef: AtLeast0 = 0.0  # weight of the state's reconstruction; 0 = no state decoder
-    # Weight of the KL. Every term of the ELBO is a mean here (over B, posteriors, transitions), so this is the authors'
-    # effective weight (theirs times their batch, over which they sum) over the number of decoded transitions.
-    kl_coef: AtLeast0 = 0.25 / 60
-    kl_to_prior: bool = False  # KL of each posterior to N(0, I) (authors' option), not to the posterior before (paper)
     standardise_inputs: bool = True  # standardise the inputs of encoder and decoders (ours); the grid's default is raw
 
 
 @dataclass
-class Args(Belief, PPO, Experiment):
+class VariBAD:
+    """The paper's KL."""
+
+    # Weight of the KL. Every term of the ELBO is a mean here (over B, posteriors, transitions), so this is the authors'
+    # effective weight (theirs times their batch, over which they sum) over the number of decoded transitions.
+    kl_coef: AtLeast0 = 0.25 / 60
+    kl_to_prior: bool = False  # KL of each posterior to N(0, I) (authors' option), not to the posterior before (paper)
+
+
+@dataclass
+class Args(VariBAD, Belief, PPO, Experiment):
     env_id: str = "GridWorld"
 
 
@@ -653,7 +659,7 @@ def main(args):
             run.log(losses, data)
             if run.due(args.eval_interval):
                 run.evaluate(play)
-            if run.due(args.checkpoint_interval) or run.stopped():
+            if run.stopped() or run.due(args.checkpoint_interval):
                 run.save()
         run.finish(play, partial(draw_pictures, agent, model, args))
 
