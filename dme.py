@@ -49,7 +49,6 @@ from torch import nn
 from torch.distributions import Normal
 
 from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experiment, Fraction, Layers, refuse
-from common.envs import BadInput
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_mixture, draw_returns
 from common.processes import all_sum, check_finite, descend, leads, ranks, share
@@ -161,7 +160,6 @@ def check_args(args):
             steps % args.num_minibatches,
             f"--num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration",
         ),
-        (args.belief_batch < ranks(), f"--belief-batch {args.belief_batch}: {ranks()} processes cannot share it"),
         (
             args.belief and is_blind(args.total_timesteps - 1, args),
             f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}",
@@ -327,8 +325,8 @@ class BeliefModel(nn.Module):
         out = 2 * args.num_components * args.latent_dim
         self.mixture = mlp([args.latent_dim, *args.component_layers, out], nn.ReLU)
         if args.reward_decoder == "multihead":
-            if self.cell is None:
-                raise BadInput(f"--reward-decoder multihead needs a grid of one goal, not {args.env_id}: choose mlp")
+            needs = f"--reward-decoder multihead needs a grid of one goal, not {args.env_id}: choose mlp"
+            refuse((self.cell is None, needs))
             # z (..., Z) -> the logits of p(r = 1 | z, s') for every cell s' (..., cells)
             self.reward_decoder = mlp([args.latent_dim, *args.decoder_layers, envs.num_cells], nn.ReLU)
         else:

@@ -20,8 +20,8 @@ Equation (of the JMLR paper)                                     function
 
 Where this leaves the paper, and the authors' code
     An iteration is one meta-episode of every environment; a belief starts from the prior exactly there.
-    After an episode's end the policy sees the next one's first state (theirs: the last one, with a flag); encoder and
-    decoders are fed the true successor, without a flag.
+    After an episode's end the policy sees the next one's first state (theirs: the last one, with a flag), encoder and
+    decoders the true successor, without a flag.
     Terms of the ELBO are means over batch, posteriors and transitions (theirs: the KL is a sum over the batch).
     Credit flows between the episodes of a task; --time-limit episode cuts it, as they do off the grid.
     GridWorld: the entropy bonus falls from .04 to .01 (theirs: .01 throughout, and some seeds stop searching).
@@ -42,7 +42,6 @@ from torch import nn
 from torch.distributions import Normal
 
 from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experiment, Fraction, Layers, refuse
-from common.envs import BadInput
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_returns
 from common.processes import all_sum, check_finite, descend, ranks, share
@@ -137,7 +136,6 @@ def check_args(args):
             steps % args.num_minibatches,
             f"--num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration",
         ),
-        (args.belief_batch < ranks(), f"--belief-batch {args.belief_batch}: {ranks()} processes cannot share it"),
         (
             args.belief and is_blind(args.total_timesteps - 1, args),
             f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}",
@@ -296,8 +294,8 @@ class BeliefModel(nn.Module):
         self.encoder = Encoder(args, S, A)
         self.heads = nn.Linear(args.hidden_dim, 2 * args.latent_dim)  # mean and log-variance
         if args.reward_decoder == "multihead":
-            if self.cell is None:
-                raise BadInput(f"--reward-decoder multihead needs a grid of one goal, not {args.env_id}: choose mlp")
+            needs = f"--reward-decoder multihead needs a grid of one goal, not {args.env_id}: choose mlp"
+            refuse((self.cell is None, needs))
             # m (..., Z) -> the logits of p(r = 1 | m, s') for every cell s' (..., cells)
             self.reward_decoder = mlp([args.latent_dim, *args.decoder_layers, envs.num_cells], nn.ReLU)
         else:
@@ -548,9 +546,8 @@ class Buffer:
 def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=False):
     """One meta-episode in every environment, from a reset and the prior belief; blind: with zeros in its place.
 
-    Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, raw_rewards, terminated, alive, success (T, N),
-    beliefs (T + 1, N, .), task (N, G), episode_return, episode_success (K, N), env_seconds, the time spent in
-    `envs.step`, and details: what an evaluation keeps of each environment, its last belief by parts.
+    Returns what `records` and `outcomes` name, beliefs (T + 1, N, .), first_obs (N, S), task (N, G), env_seconds, the
+    time spent in `envs.step`, and details: what an evaluation keeps of each environment, its last belief by parts.
     """
     T, N, device = envs.meta_horizon, envs.num_envs, envs.device
     beliefs = torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device)
@@ -716,9 +713,8 @@ SESSIONS = dict(  # PPO's values and Z from Table 2 of DynaMITE-RL, for its vari
 )  # fmt: skip
 # The authors keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
 GRID = dict(time_limit="terminal", standardise_inputs=False, ent_coef=0.04)
-LARGE_GRID = GRID | dict(  # 7x7; networks as large as LDM's
-    total_timesteps=100_000_000, state_embed=32, hidden_dim=128, latent_dim=32, kl_coef=1 / 120
-)
+# 7x7; networks as large as LDM's.
+LARGE_GRID = GRID | dict(total_timesteps=100_000_000, state_embed=32, hidden_dim=128, latent_dim=32, kl_coef=1 / 120)
 POINT = dict(
     total_timesteps=50_000_000, eval_interval=25, checkpoint_interval=25, gamma=0.99, gae_lambda=0.9,
     num_minibatches=8, clip_coef=0.1, ent_coef=0.001, ent_coef_end=0.001, policy_layers=(128, 128, 128), obs_embed=64,
@@ -727,12 +723,10 @@ POINT = dict(
 )  # fmt: skip
 PRESETS = {
     "GridWorld": GRID,
-    "GridWorldLDM": LARGE_GRID,
-    "GridWorldExtrapolation": LARGE_GRID,
+    **dict.fromkeys(("GridWorldLDM", "GridWorldExtrapolation"), LARGE_GRID),
     "SparsePointRobot": POINT,
-    # LaSER's variBAD (its F.3 and Table 8); it prints neither the KL's weight, which is that of the point here, nor how
-    # the end of a task counts. The reward follows from s, a, s' in all tasks: with a reward decoder alone, as there,
-    # the belief has nothing to learn. --state-coef 1 gives it the transitions, which are what differs (ours).
+    # LaSER's variBAD (its F.3 and Table 8); weight of the KL and end of a task are ours. The reward follows from
+    # s, a, s' in all tasks: a reward decoder alone, as there, teaches the belief nothing; --state-coef 1 (ours) does.
     "MEWA": POINT | dict(
         total_timesteps=7_520_000, eval_interval=100, checkpoint_interval=100, learning_rate=1e-4,
         time_limit="terminal", update_epochs=4, num_minibatches=2, clip_coef=0.2, ent_coef=0.01, ent_coef_end=0.01,
@@ -783,22 +777,20 @@ SMALL_ML1 = SMALL_ML | dict(
     belief_warmup=900_000, belief_anneal_lr=True, belief_updates=30, belief_batch=20, belief_learning_rate=2e-3,
     hidden_dim=64, elbo_terms=8, decode_terms=150, state_coef=0.0,
 )  # fmt: skip
-SMALL_REACH = SMALL_ML1 | dict(obs_shift=2.0)  # an object stands about that has nothing to do with the goal
-SMALL_WINDOWS = dict(tbptt=50, elbo_terms=25, decode_terms=100)
 SMALL_SESSIONS = dict(  # as dynamite_rl.py's
     total_timesteps=5_000_000, num_envs=32, eval_interval=40, checkpoint_interval=40, gamma=0.95, num_minibatches=16,
     ent_coef=0.01, ent_coef_end=0.0, std_init=0.5, belief_learning_rate=1e-3, belief_anneal_lr=True, belief_updates=8,
     buffer_size=2000, kl_coef=0.001 / 400,
 )  # fmt: skip
 SMALL = {
-    **dict.fromkeys(("SparsePointRobot", "MEWA", "AntGoal"), SMALL_WINDOWS),
+    **dict.fromkeys(("SparsePointRobot", "MEWA", "AntGoal"), dict(tbptt=50, elbo_terms=25, decode_terms=100)),
     **dict.fromkeys(("HalfCheetahDirSessions", "HalfCheetahVelSessions", "HalfCheetahWindVelSessions"), SMALL_SESSIONS),
     "HopperMass": dict(buffer_size=2000),  # 0.36 GB
     "Reacher": SMALL_SESSIONS | dict(gamma=0.9),
     "GridWorldAlternating": dict(elbo_terms=20),
     "ML1": SMALL_ML1,
-    "ML1-reach": SMALL_REACH,
-    "ML1-reach-wall": SMALL_REACH,
+    # An object stands about that has nothing to do with the goal.
+    **dict.fromkeys(("ML1-reach", "ML1-reach-wall"), SMALL_ML1 | dict(obs_shift=2.0)),
     "ML10": SMALL_ML,
     "ML45": SMALL_ML | dict(eval_interval=250),
 }
