@@ -1,4 +1,4 @@
-"""What a saved belief knows: python -m tests.probe runs/<run>/checkpoint.pt
+"""What a saved belief knows: python -m tests.probe runs/<run>/checkpoint.pt, of varibad.py or dme.py
 
 Rolls out the saved policy on the training and the held-out tasks. Then, after so many steps of a meta-episode: how much
 of the task's variance a linear probe reads from the belief (R^2 on held-out tasks, fitted on training tasks; 1 is all,
@@ -11,40 +11,44 @@ import sys
 
 import torch
 
+from common.arguments import parse_args, refuse
 from common.envs import BadInput
+from common.files import load_modules
+from common.run import Run
 
 
-def collect(module, path):
-    """Rollouts by split, the model and its arguments."""
-    args = module.parse_args(["--evaluate", path])
-    state = module.load_checkpoint(path)
-    data = {}
-    for split, envs in module.make_eval_envs(args, torch.device("cpu")).items():
-        model = module.BeliefModel(args, envs)
-        agent = module.Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, model.belief_sizes)
-        module.load_modules(path, state, dict(agent=agent, model=model))
+def collect(script, path):
+    """Rollouts by split, the model, and its arguments with all transitions decoded."""
+    args, data = parse_args(script.Args, script.PRESETS, script.SMALL, ["--evaluate", path]), {}
+    refuse((args.oracle_context or not args.belief, f"{path} has no belief"))
+    with Run(args) as run:
+        model = script.BeliefModel(args, run.envs)
+        S, space = run.envs.single_observation_space.shape[0], run.envs.single_action_space
+        agent = script.Agent(args, S, space, model.belief_sizes)
+        load_modules(path, run.state, dict(agent=agent, model=model))
         agent.eval(), model.eval()
-        names = module.eval_names(envs, args)
-        rounds = []
-        for first in range(0, len(names), envs.num_envs):
-            chunk = names[first : first + envs.num_envs]
-            chunk = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
-            rounds.append(module.rollout(envs, agent, model, args, tasks=chunk))
-        data[split] = {
-            k: torch.cat([r[k] for r in rounds], 0 if k == "task" else 1) for k in rounds[0] if k != "env_seconds"
-        }
-        envs.close()
-    return data, model, args
+        run.make_eval_envs(args.num_envs)
+        for split, envs in run.eval_envs.items():
+            names, rounds = run.eval_names(envs), []
+            for first in range(0, len(names), envs.num_envs):
+                chunk = names[first : first + envs.num_envs]
+                chunk += [chunk[-1]] * (envs.num_envs - len(chunk))
+                rounds.append(script.rollout(envs, agent, model, args, tasks=chunk))
+            kept = "obs actions next_obs rewards alive beliefs".split()
+            data[split] = {name: torch.cat([r[name] for r in rounds], 1) for name in kept}
+            data[split]["task"] = torch.cat([r["task"] for r in rounds])
+    every = dict(decode_terms=0, state_coef=0.0) | (dict(decode_window="all") if hasattr(args, "decode_window") else {})
+    return data, model, dataclasses.replace(args, **every)
 
 
 def main(path):
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    script = torch.load(path, weights_only=True, mmap=True)["script"]
-    module = importlib.import_module(script)
-    data, model, args = collect(module, path)
+    name = torch.load(path, weights_only=True, mmap=True)["script"]
+    refuse((name not in ("varibad", "dme"), f"{path} is of {name}.py"))
+    script = importlib.import_module(name)
+    data, model, args = collect(script, path)
     train, test = data.get("train", data["test"]), data["test"]
-    T, Z = len(test["rewards"]), args.latent_dim
+    T, N = test["rewards"].shape
     print(f"{'steps':>6} {'R^2 of the task':>16} {'reward error':>13} {'variance':>9}")
     for e in sorted({0, T // 60, T // 20, T // 10, T // 5, T // 3, T // 2, 2 * T // 3, T - 1}):
         fit, held = (torch.cat([d["beliefs"][e], torch.ones(len(d["task"]), 1)], 1) for d in (train, test))
@@ -52,16 +56,17 @@ def main(path):
         residual, spread = (
             x.square().sum() for x in (held @ weights - test["task"], test["task"] - test["task"].mean(0))
         )
+        future = {k: test[k][e:] for k in ("obs", "actions", "next_obs", "rewards", "alive")}
+        mean = test["beliefs"][e : e + 1, :, : args.latent_dim]  # the belief's first part, of m or z
+        numbers = [torch.zeros(1, N, dtype=torch.int64)] if name == "dme" else []
         with torch.no_grad():
-            m, t = test["beliefs"][e : e + 1, :, :Z], torch.full((1, test["task"].shape[0]), e)
-            future = {k: test[k][e:] for k in ("obs", "actions", "next_obs", "rewards", "alive")}
-            every = dataclasses.replace(args, decode_window="all", decode_terms=0, state_coef=0.0)
-            error = module.reconstruction(model, m, t * 0, torch.ones_like(t, dtype=torch.bool), future, every)[0]
+            real = torch.ones(1, N, dtype=torch.bool)
+            error = script.reconstruction(model, mean, *numbers, real, future, args)[0]
         print(f"{e:>6} {1 - residual / spread:>16.2f} {error:>13.3f} {future['rewards'].var():>9.3f}")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1])
-    except (BadInput, IndexError) as error:
+    except (BadInput, IndexError, OSError) as error:
         sys.exit(f"probe: {error}")

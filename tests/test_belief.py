@@ -10,8 +10,9 @@ from torch.distributions import Bernoulli, Categorical, MultivariateNormal, Norm
 
 import dme
 import varibad
+from common.arguments import check_bounds, check_fit
 from common.envs import make_envs
-from common.gru import GRU
+from common.networks import GRU
 
 torch.set_num_threads(1)
 SCRIPTS = pytest.mark.parametrize("script", [varibad, dme], ids=lambda module: module.__name__)
@@ -30,15 +31,20 @@ def signals():
         signal.signal(number, handler)
 
 
+def check(script, args):
+    """BadInput where a run would raise it; the sizes of args are set."""
+    for check_one in (check_bounds, check_fit, script.check_args):
+        check_one(args)
+
+
 def setup(script, env_id="GridWorld", **changes):
     """A script's arguments (its preset, made tiny), environments, belief model and agent."""
-    preset = script.PRESETS.get(env_id, {})
-    args = script.Args(**(preset | TINY | dict(env_id=env_id) | changes))
-    script.check_args(args)
+    args = script.Args(**(script.PRESETS.get(env_id, {}) | TINY | dict(env_id=env_id) | changes))
+    check(script, args)
     envs = make_envs(env_id, args.num_envs, horizon=args.horizon, episodes_per_task=args.episodes_per_task)
     torch.manual_seed(0)
     model = script.BeliefModel(args, envs)
-    sizes = [envs.task_table.shape[1]] if args.oracle_context else model.belief_sizes
+    sizes = dict(task=envs.task_table.shape[1]) if args.oracle_context else model.belief_sizes
     agent = script.Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, sizes)
     return SimpleNamespace(args=args, envs=envs, model=model, agent=agent)
 
@@ -62,12 +68,6 @@ def unroll(model, batch):
     for action, next_obs, reward in zip(batch["actions"], batch["next_obs"], batch["rewards"]):
         hiddens.append(model.step(action, next_obs, reward, hiddens[-1]))
     return hiddens
-
-
-def sequence(model, batch, tbptt=0):
-    """Hidden states as the ELBO has them: (T + 1, B, D)."""
-    rewards = model.reward_norm(batch["rewards"].unsqueeze(-1))
-    return model.encoder(model.action_input(batch["actions"]), model.obs_norm(batch["next_obs"]), rewards, tbptt)
 
 
 def gradients(loss, model):
@@ -103,13 +103,13 @@ def test_gru_is_torchs():
 
 @SCRIPTS
 @pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot"])
-def test_rollout_beliefs_equal_sequence_encoder(script, env_id):
+def test_rollout_beliefs_are_those_of_whole_meta_episodes(script, env_id):
     """The beliefs that a rollout found step by step are the posteriors of a GRU over its stored transitions."""
     s = setup(script, env_id, action_embed=3, standardise_inputs=True)
     s.model.obs_norm.update(5 + 3 * torch.randn(50, 2), torch.ones(50, dtype=torch.bool))  # not the identity
     s.model.reward_norm.update(2 + torch.randn(50, 1), torch.ones(50, dtype=torch.bool))
     data = script.rollout(s.envs, s.agent, s.model, s.args, deterministic=True)
-    hidden = sequence(s.model, data)
+    hidden = s.model.hiddens(data)
     torch.testing.assert_close(data["beliefs"], s.model.belief(hidden, deterministic=True), atol=1e-5, rtol=1e-5)
     assert torch.equal(data["beliefs"][0], s.model.belief(torch.zeros(3, 6), deterministic=True))
     assert data["beliefs"].std(0).min() > 0  # it does depend on the history
@@ -155,8 +155,8 @@ def test_truncated_windows(script, tbptt):
         hidden = hidden.detach() if i % tbptt == 0 else hidden
         hidden = s.model.step(batch["actions"][i], batch["next_obs"][i], batch["rewards"][i], hidden)
         hiddens.append(hidden)
-    windows = sequence(s.model, batch, tbptt)
-    torch.testing.assert_close(windows, sequence(s.model, batch))
+    windows = s.model.hiddens(batch, tbptt)
+    torch.testing.assert_close(windows, s.model.hiddens(batch))
     expected = gradients((torch.stack(hiddens) * target).sum(), s.model.encoder)
     torch.testing.assert_close(gradients((windows * target).sum(), s.model.encoder), expected)
 
@@ -189,7 +189,9 @@ def test_decoder_is_an_mlp_on_every_pair(script, inputs):
 def decodes(t, i, args):
     """Whether the posterior after t transitions decodes transition i."""
     end = (t // args.horizon + 1) * args.horizon  # of the episode that comes next or goes on
-    return {"all": True, "future": i >= t, "episode": t <= i < end}[args.decode_window]
+    return {"all": True, "future": i >= t, "episode": t <= i < end}[
+        getattr(args, "decode_window", "all")
+    ]  # variBAD: always all
 
 
 def loop_reconstruction(s, m, t, batch):
@@ -247,10 +249,13 @@ def loop_terms(script, s, batch, noise):
     )
 
 
-@SCRIPTS
-@pytest.mark.parametrize("decode_window", ["all", "future", "episode"])
+@pytest.mark.parametrize(
+    "script, window",
+    [(varibad, "all"), (dme, "all"), (dme, "future"), (dme, "episode")],
+    ids=lambda x: getattr(x, "__name__", x),
+)
 @pytest.mark.parametrize("case", ["multihead", "mlp", "state", "tbptt"])
-def test_elbo_equals_a_loop(script, case, decode_window, monkeypatch):
+def test_elbo_equals_a_loop(script, case, window, monkeypatch):
     """Loss, terms and all gradients (so the KL's into q_t-1) against loops over batch, posterior and transition."""
     changes = dict(
         multihead=dict(env_id="GridWorld"),
@@ -258,9 +263,11 @@ def test_elbo_equals_a_loop(script, case, decode_window, monkeypatch):
         state=dict(env_id="SparsePointRobot", state_coef=3.0, reward_coef=2.0),
         tbptt=dict(env_id="SparsePointRobot", tbptt=6),
     )[case]
-    option = {varibad: dict(kl_to_prior=case == "state"), dme: dict(hard_y=case == "state")}[script]
+    option = dict(kl_to_prior=case == "state")
+    if script is dme:
+        option = dict(hard_y=case == "state", decode_window=window)
     weights = {varibad: dict(kl_coef=0.3), dme: dict(beta_w=0.3, beta_y=0.7, beta_z=1.3)}[script]
-    s = setup(script, decode_window=decode_window, standardise_inputs=True, **changes, **option, **weights)
+    s = setup(script, standardise_inputs=True, **changes, **option, **weights)
     s.model.obs_norm.mean += 0.3
     batch, noise, randn_like = random_batch(s), [], torch.randn_like
     monkeypatch.setattr(torch, "randn_like", lambda x: noise.append(randn_like(x)) or noise[-1])
@@ -278,7 +285,9 @@ def test_elbo_equals_a_loop(script, case, decode_window, monkeypatch):
 @SCRIPTS
 def test_drawn_terms_are_right_in_expectation(script, monkeypatch):
     """The mean of many sub-sampled ELBOs against the full one, within four standard errors."""
-    changes = dict(env_id="SparsePointRobot", state_coef=1.0, decode_window="all")
+    changes = dict(env_id="SparsePointRobot", state_coef=1.0)
+    if script is dme:
+        changes["decode_window"] = "all"
     s = setup(script, elbo_terms=2, decode_terms=3, **changes)
     full = setup(script, **changes).args
     batch = random_batch(s) | dict(alive=torch.ones(6, 2, dtype=torch.bool))
@@ -301,10 +310,9 @@ def test_idle_steps_do_not_count(script):
     other = {k: torch.where(batch["alive"].view(6, 2, *[1] * (v.dim() - 2)), v, 99) for k, v in batch.items()}
     other["alive"] = batch["alive"]
     assert not torch.equal(other["rewards"], batch["rewards"])
-    m = torch.randn(7, 2, 2)
-    losses = [
-        script.reconstruction(s.model, m, t, script.real_posteriors(b["alive"]), b, s.args) for b in (batch, other)
-    ]
+    m, real = torch.randn(7, 2, 2), torch.cat([torch.ones(1, 2, dtype=torch.bool), batch["alive"]])
+    steps = [t] if script is dme else []
+    losses = [script.reconstruction(s.model, m, *steps, real, b, s.args) for b in (batch, other)]
     torch.testing.assert_close(*losses)
 
 
@@ -321,7 +329,7 @@ def test_kl_gaussians(script):
 def test_update_clips_each_part(script):
     """One step of plain gradient descent moves every part by exactly its clipped norm."""
     s = setup(script, "SparsePointRobot", state_coef=50.0, reward_coef=50.0, belief_max_grad_norm=0.01)
-    buffer = script.Buffer(7)
+    buffer = script.Buffer(7, s.envs)
     buffer.add(script.rollout(s.envs, s.agent, s.model, s.args) | dict(rewards=torch.randn(6, 3)))
     before = [[p.clone() for p in part.parameters()] for part in s.model.parts()]
     rate = [0.0] if script is dme else []
@@ -406,7 +414,7 @@ def test_what_the_policy_sees(policy_y, other):
     torch.testing.assert_close(y.sum(-1), torch.ones(20_000))
     assert (policy_y == "probs") != bool(((y == 0) | (y == 1)).all())
     if s.args.no_policy_w:
-        assert w.shape[1] == 0 and sum(s.model.belief_sizes) == 7
+        assert w.shape[1] == 0 and sum(s.model.belief_sizes.values()) == 7
     else:
         deviation = torch.zeros(2) if s.args.policy_w == "mean" else (0.5 * w_logvar).exp()[0]
         assert (w.mean(0) - w_mean[0]).abs().max() < 0.02 and (w.std(0) - deviation).abs().max() < 0.02
@@ -431,7 +439,7 @@ def test_initial_belief_from_the_prior():
     mean, logvar = s.model.components(w)
     assert len(y.unique(dim=0)) > 1 and (y.sum(1) == 1).all()
     torch.testing.assert_close((z_mean, z_logvar), tuple((x * y[..., None]).sum(1) for x in (mean, logvar)))
-    hidden = sequence(s.model, data)
+    hidden = s.model.hiddens(data)
     torch.testing.assert_close(data["beliefs"][1:], s.model.belief(hidden[1:], deterministic=True))
 
 
@@ -467,7 +475,7 @@ def test_decoded_reward():
 def test_virtual_batches_replace_rewards_alone(virtual, rate, monkeypatch):
     """A virtual batch of the ELBO is the buffer's but for its rewards, decoded from draws of the prior."""
     s = setup(dme, virtual=virtual)
-    buffer = dme.Buffer(7)
+    buffer = dme.Buffer(7, s.envs)
     buffer.add(dme.rollout(s.envs, s.agent, s.model, s.args))
     stored, sampled, seen = {k: v.clone() for k, v in buffer.store.items()}, [], []
     sample, elbo = buffer.sample, dme.elbo
@@ -495,8 +503,8 @@ def test_virtual_rollout(monkeypatch):
     assert torch.equal(data["rewards"], dme.decoded_reward(s.model, tasks[0][2], *x, s.args))
     true = torch.where((data["next_obs"] == data["task"]).all(-1), 1.0, -0.1)
     assert torch.equal(data["true_rewards"], true) and not torch.equal(data["rewards"], true)
-    torch.testing.assert_close(data["beliefs"], s.model.belief(sequence(s.model, data)))
-    misled = s.model.belief(sequence(s.model, data | dict(rewards=true)))
+    torch.testing.assert_close(data["beliefs"], s.model.belief(s.model.hiddens(data)))
+    misled = s.model.belief(s.model.hiddens(data | dict(rewards=true)))
     assert not torch.isclose(data["beliefs"], misled).all()
 
 

@@ -66,7 +66,7 @@ def test_agent_adapts(script, tmp_path):
 @SCRIPTS
 def test_floor_keeps_below_the_blind_optimum(script, tmp_path):
     """Without a belief nothing tells the agent about the goal: no episode beats the exact bound."""
-    returns = train_on_three_goals(script, tmp_path, no_belief=True, total_timesteps=25_000)
+    returns = train_on_three_goals(script, tmp_path, belief=False, total_timesteps=25_000)
     assert -0.4 < max(returns) <= blind_optimum(4) + 1e-5
 
 
@@ -101,15 +101,15 @@ def bayes(batch, envs):
 def test_belief_approaches_bayes(script):
     """800 updates: on new tasks the decoder at the belief's mean is near the exact posterior."""
     options = dict(
-        horizon=6, episodes_per_task=2, decode_window="all", belief_batch=32, belief_max_grad_norm=0.3, latent_dim=8,
-        reward_embed=32, state_embed=32,
+        horizon=6, episodes_per_task=2, belief_batch=32, belief_max_grad_norm=0.3, latent_dim=8, reward_embed=32,
+        state_embed=32,
     )  # fmt: skip
-    kls = {varibad: dict(kl_coef=0.003), dme: dict(beta_w=0.003, beta_y=0.0, beta_z=0.003)}
+    kls = {varibad: dict(kl_coef=0.003), dme: dict(beta_w=0.003, beta_y=0.0, beta_z=0.003, decode_window="all")}
     args = script.Args(**(script.PRESETS["GridWorld"] | options | kls[script]))
     torch.manual_seed(4)
     generator = torch.Generator().manual_seed(4)
     known, new = (ThreeGoals(n, split, 4, "cpu", 6, 2) for n, split in ((20_000, "train"), (200, "test")))
-    model, buffer = script.BeliefModel(args, known), script.Buffer(20_000)
+    model, buffer = script.BeliefModel(args, known), script.Buffer(20_000, known)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     buffer.add(wander(known, generator))
     for update in range(800):
@@ -117,8 +117,7 @@ def test_belief_approaches_bayes(script):
         script.update_belief(model, optimizer, buffer, *[0.0] * (script is dme), args)
     batch = wander(new, generator)
     with torch.no_grad():
-        hidden = model.encoder(model.action_input(batch["actions"]), batch["next_obs"], batch["rewards"].unsqueeze(-1))
-        believed = model.reward_decoder(model.posterior(hidden)[-2]).sigmoid().numpy()
+        believed = model.reward_decoder(model.posterior(model.hiddens(batch))[-2]).sigmoid().numpy()
     goals, exact = new.cell(new.task_table), bayes(batch, new)
     believed, exact = believed[..., goals], exact[..., goals]
     found = exact.max(-1) == 1

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Categorical, Normal
 
+from common.envs import make_envs
+from common.networks import RunningNorm
+from common.rollouts import records
 from tests.test_belief import SCRIPTS, setup
 
 T, H, N = 12, 4, 40
@@ -174,7 +177,7 @@ def test_each_update_keeps_to_its_own_model(script):
     """PPO leaves the belief model alone, without even a gradient; the belief's update leaves the agent alone."""
     s, data = rollout_for_ppo(script, "GridWorld")
     assert not data["beliefs"].requires_grad
-    buffer = script.Buffer(8)
+    buffer = script.Buffer(8, s.envs)
     buffer.add(data)
     parts, rate = [s.agent, s.model], [0.0] if script.__name__ == "dme" else []
     optimizers = [torch.optim.Adam(part.parameters(), lr=0.1) for part in parts]
@@ -203,7 +206,7 @@ def test_discrete_actions(script):
     s, n = setup(script), 20_000
     with torch.no_grad():
         s.agent.actor[-1].bias.copy_(torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0]))
-        belief = torch.zeros(n, sum(s.agent.belief_sizes))
+        belief = torch.zeros(n, sum(s.agent.belief_sizes.values()))
         obs = torch.ones(n, 2)
         probs = s.agent.actor(s.agent.embed(obs[:1], belief[:1]))[0].softmax(-1)
         counts = s.agent.act(obs, belief).bincount(minlength=5)
@@ -220,8 +223,8 @@ def test_continuous_actions(script):
     """Mean, deviation and independence of samples against the Normal; the mean as mode; the density written out."""
     s, n = setup(script, "SparsePointRobot", std_init=0.7), 20_000
     with torch.no_grad():
-        s.agent.raw_std[1] += 0.5
-        belief, obs = torch.zeros(n, sum(s.agent.belief_sizes)), torch.ones(n, 2)
+        s.agent.std.raw[1] += 0.5
+        belief, obs = torch.zeros(n, sum(s.agent.belief_sizes.values())), torch.ones(n, 2)
         mean, std = s.agent.act(obs[:1], belief[:1], deterministic=True)[0], s.agent.std()
         z = (s.agent.act(obs, belief) - mean) / std
         a = torch.tensor([[0.3, -1.2]])
@@ -241,7 +244,7 @@ def test_deviation_of_actions_keeps_its_bounds(script):
     assert s.agent.std().tolist() == pytest.approx([0.7, 0.7])
     with torch.no_grad():
         for raw, bound in ((-50.0, 0.2), (50.0, 1.5)):
-            s.agent.raw_std.fill_(raw)
+            s.agent.std.raw.fill_(raw)
             assert s.agent.std().tolist() == pytest.approx([bound, bound])
 
 
@@ -251,17 +254,16 @@ def test_initial_policy(script):
     s = setup(script)
     for net in (s.agent.actor, s.agent.critic):
         torch.testing.assert_close(net[0].weight.norm(dim=1), torch.full((8,), 5 / 3))
-    logprob, _, _ = s.agent(torch.randn(9, 2), torch.randn(9, sum(s.agent.belief_sizes)), torch.arange(9) % 5)
+    logprob, _, _ = s.agent(torch.randn(9, 2), torch.randn(9, sum(s.agent.belief_sizes.values())), torch.arange(9) % 5)
     assert (logprob.exp() - 0.2).abs().max() < 0.01
 
 
 # ---------- Normalisers ----------
 
 
-@SCRIPTS
-def test_running_norm(script):
+def test_running_norm():
     """Mean and deviation of all live rows of all batches so far, by numpy; constants do not divide by zero."""
-    norm, rows = script.RunningNorm(3), []
+    norm, rows = RunningNorm(3), []
     assert norm(torch.tensor([1.0, -2.0, 0.0])).tolist() == [1, -2, 0]  # nothing, before the first row
     for size in (1, 5, 300, 2):
         batch, alive = 7 + torch.tensor([0.1, 30.0, 0.0]) * torch.randn(size, 3), torch.rand(size) < 0.7
@@ -278,7 +280,7 @@ def test_running_norm(script):
 @SCRIPTS
 def test_normalised_rewards(script):
     """Divided by the deviation of all discounted returns so far, by a numpy loop, and clipped at 10."""
-    args, norm, seen = SimpleNamespace(gamma=0.9), script.RunningNorm(1), []
+    args, norm, seen = SimpleNamespace(gamma=0.9), RunningNorm(1), []
     for scale in (0.01, 3.0):
         rewards, alive = scale * torch.randn(6, 300), torch.ones(6, 300, dtype=torch.bool)
         rewards[5, :2] = torch.tensor([50.0, -50.0]) * scale
@@ -296,23 +298,34 @@ def test_normalised_rewards(script):
 
 
 @SCRIPTS
-def test_buffer_is_a_ring(script):
+@pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot"])
+def test_buffer_is_a_ring(script, env_id):
     """The last meta-episodes, as in a deque; samples are its rows, all equally likely; its state survives."""
-    buffer, last = script.Buffer(5), deque(maxlen=5)
-    for first in range(0, 9, 3):
-        number = torch.arange(first, first + 3.0)
-        data = {name: number.expand(4, 3).clone() for name in ("obs", "next_obs", "actions", "rewards", "alive")}
-        data["rewards"] += 100 * torch.arange(4.0)[:, None]
+    envs = make_envs(env_id, 3, horizon=2, episodes_per_task=2)
+    buffer, last, number = script.Buffer(5, envs), deque(maxlen=5), 0
+    filled = buffer.row_bytes * 5
+    assert sum(tensor.nbytes for tensor in buffer.store.values()) == filled
+    for _ in range(3):
+        data = {name: torch.empty_like(tensor) for name, tensor in records(envs).items()}
+        for n in range(3):  # every number of a meta-episode says which it is, and rewards at which step, too
+            for name in ("obs", "next_obs", "actions"):
+                data[name][:, n] = number
+            data["alive"][:, n] = number % 2
+            data["rewards"][:, n] = 100 * torch.arange(4.0) + number
+            last.append(number)
+            number += 1
         buffer.add(data)
-        last.extend(number.tolist())
-        assert sorted(buffer.store["obs"][: buffer.full, 0].tolist()) == sorted(last)
-        other = script.Buffer(5)
-        other.load_state_dict(buffer.state_dict())
-        torch.manual_seed(4)
-        batch = buffer.sample(3000)
-        torch.manual_seed(4)
-        torch.testing.assert_close(other.sample(3000), batch)
-        assert torch.equal(batch["rewards"], batch["obs"] + 100 * torch.arange(4.0)[:, None])  # whole meta-episodes
-        share = torch.stack([(batch["obs"][0] == n).float().mean() for n in last])
-        assert (share - 1 / len(last)).abs().max() < 4 * (0.25 / 3000) ** 0.5
+        assert buffer.full == len(last) and sorted(buffer.store["rewards"][: buffer.full, 0].tolist()) == sorted(last)
+        state = buffer.state_dict()
+        buffer.add({name: tensor + 50 if name != "alive" else tensor for name, tensor in data.items()})
+        other = script.Buffer(5, envs)
+        other.load_state_dict(state)  # what was saved has not moved with the buffer
+        batch = other.sample(3000)
+        of = batch["rewards"][0]
+        assert torch.equal(batch["rewards"], of + 100 * torch.arange(4.0)[:, None])  # whole meta-episodes
+        for name in ("obs", "next_obs", "actions"):
+            assert (batch[name] == of.view(1, 3000, *[1] * (batch[name].dim() - 2))).all(), name
+        assert torch.equal(batch["alive"], (of % 2 == 1).expand(4, 3000))
+        frequency = torch.stack([(of == n).float().mean() for n in last])
+        assert frequency.sum() == 1 and (frequency - 1 / len(last)).abs().max() < 4 * (0.25 / 3000) ** 0.5
         buffer = other  # goes on from the loaded state

@@ -1,6 +1,6 @@
-"""The scripts as programs: command line, what a run leaves, resume, evaluation, and the house's style."""
+"""The scripts as programs: command line, what a run leaves, resume, evaluation. What stands in common/ is tested once,
+on varibad.py; each script once for using it."""
 
-import ast
 import csv
 import dataclasses
 import json
@@ -12,39 +12,41 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
+import common.run
 import dme
 import dynamite_rl
 import laser
 import ldm
 import varibad
+from common.arguments import check_bounds, flag, parse_args
 from common.envs import BadInput, make_envs
-from common.envs.gridworld import GridWorld
-from tests.test_belief import SCRIPTS, signals  # noqa: F401
+from common.rollouts import by_episode
+from tests import probe
+from tests.test_belief import SCRIPTS, check, signals  # noqa: F401
 
 ALL = pytest.mark.parametrize("script", [varibad, dme, ldm, dynamite_rl], ids=lambda module: module.__name__)
 EVERY = pytest.mark.parametrize(  # laser.py has no belief model and two phases: tests/test_laser.py runs it
     "script", [varibad, dme, ldm, dynamite_rl, laser], ids=lambda module: module.__name__
 )
 ROOT = Path(varibad.__file__).parent
-IDS = ["GridWorld", "SparsePointRobot", "ML1-reach", "ML10", "ML45", "GridWorldAlternating", "Reacher", "HopperMass"]
 TINY = (
     "--num-envs 4 --horizon 5 --episodes-per-task 2 --total-timesteps 160 --precollect 1 --num-minibatches 2 "
     "--hidden-dim 8 --policy-layers 8 --decoder-layers 8 --belief-batch 3 --buffer-size 10 --checkpoint-interval 2"
 ).split()  # four iterations of 40 steps; two checkpoints
-HARD = dict(  # between them all that draws random numbers or keeps a state
-    GridWorld=["--seed", "0", "--anneal-lr", "--ent-coef-end", "0.001"],
-    SparsePointRobot="--seed 3 --elbo-terms 4 --decode-terms 3 --tbptt 5 --state-coef 1 --decoder-dropout 0.2".split(),
-)
-HARD["ML1-reach"] = "--seed 2 --belief-warmup 40 --obs-shift 1 --belief-updates 2 --elbo-terms 3 --tbptt 0".split()
-HARD_DME = "--virtual both --virtual-rate 1 --policy-y sample --initial-belief prior".split()
+# Between them all that draws random numbers or keeps a state, beside the environments.
+HARD = {varibad: "--anneal-lr --ent-coef-end 0.001 --state-coef 1 --decoder-dropout 0.2 --elbo-terms 4".split()}
+HARD[varibad] += "--decode-terms 3 --tbptt 5 --belief-updates 2 --belief-warmup 40 --eval-sample".split()
+HARD[dme] = HARD[varibad] + "--virtual both --virtual-rate 1 --policy-y sample --initial-belief prior".split()
+HARD[ldm] = "--mix-dimensions --beta 1.5 --elbo-terms 4".split()
+HARD[dynamite_rl] = "--anneal-lr --state-coef 1 --elbo-terms 4 --decode-terms 3".split()
 
 
 def tiny(script, *words):
@@ -53,12 +55,21 @@ def tiny(script, *words):
     return [*TINY, *["--session-process", "poisson"] * uneven, *map(str, words)]
 
 
-def run(script, folder, *words, eval_interval=-1):
-    """A tiny run in this process; every iteration is logged. Returns its last checkpoint."""
-    argv = tiny(script, "--eval-interval", eval_interval, "--run-dir", folder, *words)
+def parse(script, *words):
+    """The arguments of `python script.py words`."""
+    return parse_args(script.Args, script.PRESETS, getattr(script, "SMALL", {}), [str(word) for word in words])
+
+
+def main(script, *words):
+    """`python script.py words` in this process, every iteration logged; mistakes and failures raise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "LOG_EVERY", 1)
-        script.main(script.parse_args(argv))
+        patch.setattr(common.run, "LOG_EVERY", 1)
+        script.main(parse(script, *words))
+
+
+def run(script, folder, *words, eval_interval=-1):
+    """A tiny run in this process. Returns its last checkpoint."""
+    main(script, *tiny(script, "--eval-interval", eval_interval, "--run-dir", folder, *words))
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
@@ -71,6 +82,12 @@ def command(script, monkeypatch, capsys, *words):
     except SystemExit as stop:
         status = stop.code
     return status, capsys.readouterr().err.splitlines()
+
+
+def python(*words, cwd):
+    """The same in a process of its own, which finds nothing by way of PYTHONPATH."""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, env=clean)
 
 
 def same(a, b, path=""):
@@ -91,22 +108,39 @@ def metrics(folder):
     return [row for row in rows if not re.match("time/|charts/SPS", row[1])]
 
 
-@pytest.fixture(scope="module", params=[varibad, dme], ids=["varibad", "dme"])
+@pytest.fixture(scope="module", params=[varibad, dme, ldm, dynamite_rl], ids=lambda module: module.__name__)
 def trained(request, tmp_path_factory):
-    """A finished run on the grid, evaluated every second iteration: the script and its folder."""
-    folder = tmp_path_factory.mktemp(request.param.__name__) / "run"
-    run(request.param, folder, eval_interval=2)
-    return request.param, folder
+    """A finished run of each script with all that draws random numbers, evaluated every second iteration: the script,
+    its folder, and the room that it wanted on the disk."""
+    script, need = request.param, []
+    folder = tmp_path_factory.mktemp(script.__name__) / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.run, "missing_space", lambda _, size: need.append(size) or 0)
+        run(script, folder, "--seed", 0, *HARD[script], eval_interval=2)
+    return script, folder, need[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run of varibad.py, not evaluated."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(varibad, folder)
+    return folder
 
 
 # ---------- The command line ----------
 
 
-@ALL
+def one_sentence(script, monkeypatch, capsys, *words):
+    """The line on stderr of a command that is refused with status 2, without the script's name."""
+    status, lines = command(script, monkeypatch, capsys, *words)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{script.__name__}.py: "), lines
+    return lines[0].split(": ", 1)[1]
+
+
 @pytest.mark.parametrize(
     "words, named",
     [
-        ("--env-id GridWrld", "GridWorld"),
         ("--env-id no_such_module:factory", "no_such_module"),
         ("--env-id SparsePointRobot --tbptt 0 --num-minibatches 7", "--num-minibatches 7"),
         ("--tbptt 7", "--tbptt 7"),
@@ -117,30 +151,53 @@ def trained(request, tmp_path_factory):
         ("--policy-layers 8 0", "--policy-layers"),
         ("--std-init 3", "--std-init"),
         ("--no-belief --oracle-context", "--oracle-context"),
+        ("--belief-warmup 160", "--belief-warmup 160"),
         ("--env-id SparsePointRobot --tbptt 0 --reward-decoder multihead", "multihead"),
         ("--resume no/such/checkpoint.pt", "no/such/checkpoint.pt"),
         ("--evaluate .", "."),
+        ("--capture-video", "--evaluate"),
         ("--seed 99999999999999999999", "--seed"),
         ("--env-id SparsePointRobot --tbptt 0 --sessions 3", "has no sessions"),
         ("--env-id GridWorldAlternating --sessions 3", "sessions 3"),
     ],
 )
-def test_bad_input(script, words, named, monkeypatch, capsys, tmp_path):
+def test_bad_input(words, named, monkeypatch, capsys, tmp_path):
     """One line on stderr that names the culprit, status 2, and nothing left behind."""
     monkeypatch.chdir(tmp_path)
     where = [] if "resume" in words or "evaluate" in words else TINY
-    status, lines = command(script, monkeypatch, capsys, *where, *words.split())
-    assert status == 2 and len(lines) == 1, lines
-    assert lines[0].startswith(f"{script.__name__}.py: ") and named in lines[0]
+    assert named in one_sentence(varibad, monkeypatch, capsys, *where, *words.split())
     assert not list(tmp_path.iterdir())
 
 
 @EVERY
+def test_bad_input_of_each_script(script, monkeypatch, capsys, tmp_path):
+    """The same where the command line is wrong, and where the environments are."""
+    monkeypatch.chdir(tmp_path)
+    assert "--learning-rate must be above 0" in one_sentence(script, monkeypatch, capsys, "--learning-rate", 0)
+    assert "did you mean GridWorld?" in one_sentence(script, monkeypatch, capsys, "--env-id", "GridWrld")
+    assert not list(tmp_path.iterdir())
+
+
+def test_environments_with_sizes_of_their_own(monkeypatch, capsys, tmp_path):
+    """A factory that takes no sizes: its own are those of the run, and others are refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sized.py").write_text(
+        "from common.envs.gridworld import GridWorld\n"
+        "def make(num_envs, split, seed, device):\n"
+        "    return GridWorld(num_envs, split, seed, device, 3, 2)\n"
+    )
+    words = [*TINY, "--env-id", "sized:make", "--eval-interval", -1, "--run-dir", "run"]
+    said = one_sentence(varibad, monkeypatch, capsys, *words)
+    assert said == "--horizon 5: sized:make has 3 of its own" and not (tmp_path / "run").exists()
+    main(varibad, *words, "--horizon", 0, "--total-timesteps", 1)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["horizon"], config["episodes_per_task"]) == (3, 2)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(script, monkeypatch, capsys):
+def test_no_gpu(monkeypatch, capsys):
     """--cuda without one is bad input."""
-    status, lines = command(script, monkeypatch, capsys, "--cuda")
-    assert status == 2 and len(lines) == 1 and "--cuda" in lines[0]
+    assert "--cuda" in one_sentence(varibad, monkeypatch, capsys, "--cuda")
 
 
 ANY = {  # what may be 0, negative or infinite, and why
@@ -150,85 +207,127 @@ ANY = {  # what may be 0, negative or infinite, and why
     "logvar_min": "a bound of logarithms",
     "zeta": "a threshold, never above 0",
 }
-ZERO = "seed eval_interval eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates "
-ZERO += "precollect belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef "
-ZERO += (
-    "belief_warmup obs_shift horizon episodes_per_task sessions gamma gae_lambda decoder_dropout beta_w beta_y beta_z "
+ZERO = set(
+    "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
+    "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef belief_warmup "
+    "obs_shift horizon episodes_per_task sessions gamma gae_lambda decoder_dropout beta_w beta_y beta_z virtual_rate "
+    "num_mixture_workers beta buffer_add consistency_coef termination_coef explore_iterations initial_iterations "
+    "task_iterations contrastive_warmup survival_coef rec_coef task_rec_coef contrastive_coef regulariser_coef xi "
+    "pfo_coef".split()
 )
-ZERO += "virtual_rate virtual_low num_mixture_workers beta buffer_add consistency_coef termination_coef "
-ZERO += "total_timesteps explore_iterations initial_iterations task_iterations contrastive_warmup survival_coef "
-ZERO += "rec_coef task_rec_coef contrastive_coef regulariser_coef xi pfo_coef"
+NOTHING = {(laser, "total_timesteps"): "no bound", (dynamite_rl, "encoder_layers"): "none; its check_args knows"}
+SOMETHING = {(laser, "belief_updates"): "phase 1 is for learning the encoder"}
+MOST = dict(gamma=1, gae_lambda=1, decoder_dropout=0.999, virtual_rate=1, buffer_add=1, seed=2**32 - 1)
 
 
 @EVERY
 def test_every_number_is_checked(script):
-    """NaN in any float, infinities and negative numbers but where listed, 0 where it has no meaning: BadInput."""
-    for field in dataclasses.fields(script.Args):
-        values = {"float": [math.nan], "int": []}.get(getattr(field.type, "__name__", ""))
+    """NaN in any float, infinities and negative numbers but where listed, 0 where it has no meaning, and what is above
+    a fraction's bounds: BadInput that names the argument."""
+    hints, args = get_type_hints(script.Args), script.Args()
+    assert not {name for name, hint in hints.items() if hint in (int, float)} & ANY.keys() & ZERO
+    for name, hint in hints.items():
+        values = {float: [math.nan], int: [], tuple[int, ...]: [(), (0,), (8, -1)]}.get(hint)
         if values is None:
             continue
-        values += [] if field.name in ANY else [-1, -math.inf, math.inf]
-        values += [] if field.name in ZERO.split() or field.name in ANY else [0]
+        if hint in (int, float) and name not in ANY:
+            values += [-1, -math.inf, math.inf] + [0] * (name not in ZERO)
+        if (script, name) in NOTHING:
+            values = [value for value in values if value not in (0, (), (0,), (8, -1))]
+        values += [MOST[name] + {int: 1, float: 1e-3}[hint]] if name in MOST else []
         for value in values:
             with pytest.raises(BadInput) as error:
-                script.check_args(dataclasses.replace(script.Args(), **{field.name: value}))
-                pytest.fail(f"{field.name} = {value} passes")
-            assert script.flag(field.name) in str(error.value)
+                check_bounds(dataclasses.replace(args, **{name: value}))
+                pytest.fail(f"{name} = {value} passes")
+            assert f"{flag(name)} must be " in str(error.value)
+        for value in [0] * (name in ZERO and (script, name) not in SOMETHING) + [
+            most for key, most in MOST.items() if key == name
+        ]:
+            check_bounds(dataclasses.replace(args, **{name: value}))
 
 
-def test_virtual_rewards_need_an_interval():
-    """A lower bound above the upper one makes every virtual reward the same."""
-    with pytest.raises(BadInput, match="--virtual-low"):
-        dme.check_args(dme.Args(virtual_low=2.0, virtual_high=1.0))
-
-
-@ALL
-@pytest.mark.parametrize("cuda", [False, True])
-@pytest.mark.parametrize("env_id", [*IDS, "ML1-push-wall-v2", "own.module:factory"])
-def test_presets(script, env_id, cuda, monkeypatch):
-    """The command line over the environment's preset, over which lies a smaller one without --cuda; it passes."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+def preset_of(script, env_id, cuda):
+    """What the script says of this environment, or of its family, or of all others; and over it what is for CPUs."""
     name = re.sub("-v[23]$", "", env_id)
-    family = name.split("-")[0]
-    preset = script.PRESETS[family] if family in script.PRESETS else script.YOUR_OWN
-    preset = preset | ({} if cuda else script.SMALL.get(name) or script.SMALL.get(family, {}))
-    args = script.parse_args(["--env-id", env_id, "--seed", "7", "--gamma", "0.5"] + ["--cuda"] * cuda)
-    script.check_args(args)
-    expected = dataclasses.asdict(script.Args()) | preset | dict(env_id=env_id, seed=7, gamma=0.5, cuda=cuda)
-    assert dataclasses.asdict(args) == expected
+    family, small = name.split("-")[0], getattr(script, "SMALL", {})
+    preset = next(script.PRESETS[key] for key in (name, family, "module:factory") if key in script.PRESETS)
+    return preset | ({} if cuda else small.get(name) or small.get(family, {}))
 
 
-@ALL
-def test_other_spellings(script):
-    """`--env-id=X` and `--env_id X` choose the preset, too."""
-    expected = script.parse_args(["--env-id", "SparsePointRobot"])
-    assert script.parse_args(["--env-id=SparsePointRobot"]) == script.parse_args(["--env_id", "SparsePointRobot"])
-    assert script.parse_args(["--env-id=SparsePointRobot"]) == expected and expected.horizon == 100
+IDS = ["GridWorld", "SparsePointRobot", "ML1-reach", "ML10", "HopperMass", "ML1-push-wall-v2", "own.module:factory"]
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("env_id", IDS)
+def test_presets(env_id, cuda):
+    """The command line over the environment's preset, over which lies a smaller one without --cuda."""
+    preset = preset_of(varibad, env_id, cuda)
+    expected = dataclasses.asdict(varibad.Args()) | preset | dict(env_id=env_id, seed=7, gamma=0.5, cuda=cuda)
+    words = ["--env-id", env_id, "--seed", "7", "--gamma", "0.5"] + ["--cuda"] * cuda
+    assert dataclasses.asdict(parse(varibad, *words)) == expected
+    for spelling in ([f"--env-id={env_id}"], ["--env_id", env_id]):
+        assert parse(varibad, *spelling, *words[2:]) == parse(varibad, *words)
+
+
+@EVERY
+def test_presets_fit(script):
+    """With and without --cuda: no preset is refused."""
+    one_of = {"ML1": "ML1-reach", "ML10": "ML1-reach", "ML45": "ML1-reach", "module:factory": "SparsePointRobot"}
+    for name in dict.fromkeys([*script.PRESETS, *getattr(script, "SMALL", {})]):
+        for cuda in (False, True):
+            args = script.Args(**(preset_of(script, name, cuda) | dict(env_id=name)))
+            sizes = dict(horizon=args.horizon or None, episodes_per_task=args.episodes_per_task or None)
+            envs = make_envs(one_of.get(name, name), 1, **sizes)
+            args.horizon, args.episodes_per_task = envs.horizon, envs.episodes_per_task
+            check(script, args)
+            envs.close()
+
+
+@EVERY
+def test_help(script, monkeypatch, capsys):
+    """A heading for each group of arguments, and every argument under one, with its sentence."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        parse_args(script.Args, script.PRESETS, getattr(script, "SMALL", {}))
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "--no-no-" not in text
+    for group in script.Args.__mro__[1:-1]:
+        assert f"{group.__name__} options" in text and group.__doc__.split()[0] in text
+    for field in dataclasses.fields(script.Args):
+        assert flag(field.name) in text
 
 
 # ---------- What a run leaves, evaluation ----------
 
+PICTURES = {  # beginnings of their names
+    varibad: ["returns", "belief_"],
+    dme: ["returns", "belief_", "components"],
+    ldm: ["returns", "belief_", "imagined"],
+    dynamite_rl: ["sessions_"],
+}
+
 
 def test_what_a_run_leaves(trained):
     """Every promised file, with the promised keys; returns in them agree with each other."""
-    script, folder = trained
+    script, folder, _ = trained
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "metrics.csv", "checkpoint.pt", "checkpoint.pt.previous", "eval.json"} <= names
-    assert any(name.startswith("events.out.tfevents") for name in names)
-    assert 2 <= sum(name.startswith("belief_") and name.endswith(".png") for name in names) <= 3
-    assert ("components.png" in names) == (script is dme)
-    assert all((folder / name).stat().st_size > 5000 for name in names if name.endswith(".png"))
+    assert sum(name.startswith("events.out.tfevents") for name in names) == 1
+    pictures = [name for name in names if name.endswith(".png")]
+    assert all((folder / name).stat().st_size > 5000 for name in pictures)
+    for begin in PICTURES[script]:
+        assert 1 <= sum(name.startswith(begin) for name in pictures) <= 3, begin
     config = json.loads((folder / "config.json").read_text())
     assert config["script"] == script.__name__ and config["hidden_dim"] == 8
     assert config["versions"]["torch"] == version("torch")
     result = json.loads((folder / "eval.json").read_text())
-    tasks = result["tasks"]["test"]
-    assert len(tasks) == 21 and list(result["tasks"]) == ["test"] and result["global_step"] == 160
-    for k in range(2):
-        mean = np.mean([task["return"][k] for task in tasks.values()])
-        assert result[f"eval/test/return_episode_{k + 1}"] == pytest.approx(mean)
-    assert result["eval/test/success_rate"] == np.mean([task["success"][-1] for task in tasks.values()])
+    assert result["global_step"] == 160
+    for split, tasks in result["tasks"].items():
+        assert list(tasks) == make_envs(config["env_id"], 1, split, horizon=20).tasks
+        for k in range(2):
+            mean = np.mean([task["return"][k] for task in tasks.values()])
+            assert result[f"eval/{split}/return_episode_{k + 1}"] == pytest.approx(mean)
+        assert result[f"eval/{split}/success_rate"] == np.mean([task["success"][-1] for task in tasks.values()])
     rows = {(int(step), key): float(value) for step, key, value in metrics(folder)[1:]}
     assert len(rows) == len(metrics(folder)) - 1  # no row is doubled
     assert {step for step, _ in rows} == {40, 80, 120, 160}
@@ -239,144 +338,235 @@ def test_what_a_run_leaves(trained):
     assert all(math.isfinite(value) for value in rows.values())
 
 
-def test_evaluation_in_a_new_process(trained):
-    """--evaluate, from another working directory, gives exactly the numbers written at the end of training."""
-    script, folder = trained
-    copy = folder.with_name("evaluated")
-    copy.mkdir()
+def test_splits_of_an_evaluation(trained):
+    """There is no train split where the test split holds the same tasks; where it does not, both are evaluated."""
+    script, folder, _ = trained
+    splits = {varibad: {"test"}, dme: {"test"}, ldm: {"train", "test"}, dynamite_rl: {"test"}}[script]
+    assert json.loads((folder / "eval.json").read_text())["tasks"].keys() == splits
+
+
+def test_room_on_the_disk(trained):
+    """What a run asks for at its start is what the buffer then takes in a checkpoint."""
+    _, folder, need = trained
+    store = torch.load(folder / "checkpoint.pt")["processes"][0]["buffer"]["store"]
+    assert need == sum(x.nbytes for x in store.values()) > 0
+
+
+def test_a_copy_elsewhere(trained):
+    """The script and common/ are enough. There, from another working directory and in a process of its own, --evaluate
+    gives exactly the numbers written at the end of training, and leaves the checkpoint alone."""
+    script, folder, _ = trained
+    place, copy = folder.with_name("place"), folder.with_name("evaluated")
+    place.mkdir(), copy.mkdir()
+    shutil.copy(script.__file__, place)
+    shutil.copytree(ROOT / "common", place / "common", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(folder / "checkpoint.pt", copy)
-    argv = [sys.executable, script.__file__, "--evaluate", copy.name + "/checkpoint.pt"]
-    done = subprocess.run(argv, cwd=folder.parent, capture_output=True, text=True)
+    done = python(f"place/{script.__name__}.py", "--evaluate", "evaluated/checkpoint.pt", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
-    assert json.loads((copy / "eval.json").read_text()) == json.loads((folder / "eval.json").read_text())
+    result = json.loads((copy / "eval.json").read_text())
+    assert result == json.loads((folder / "eval.json").read_text())
     printed = dict(line.split() for line in done.stdout.splitlines())
-    assert printed["eval/test/return"] == f"{json.loads((copy / 'eval.json').read_text())['eval/test/return']:.4f}"
+    assert printed["eval/test/return"] == f"{result['eval/test/return']:.4f}"
     assert same(*(torch.load(d / "checkpoint.pt") for d in (folder, copy))) == []
 
 
-@SCRIPTS
-@pytest.mark.parametrize("sizes", [["--num-envs", "5"], ["--num-envs", "25"], ["--eval-tasks", "6"]])
-def test_evaluation_covers_each_task_once(script, sizes, tmp_path, monkeypatch):
-    """However many environments there are, and whatever is left over: each name once, or the first few."""
-    named, reset = [], GridWorld.reset
-    monkeypatch.setattr(GridWorld, "reset", lambda self, tasks=None: named.append(tasks) or reset(self, tasks))
-    monkeypatch.setattr(script, "draw_pictures", lambda *_: None)
-    words = ["--total-timesteps", "1", "--buffer-size", "25", *sizes]
-    run(script, tmp_path, *words, eval_interval=0)
+def test_probe(trained, capsys):
+    """python -m tests.probe, on what it is for: rows of steps, of which one number is known, the rewards' variance."""
+    script, folder, _ = trained
+    if script in (ldm, dynamite_rl):
+        with pytest.raises(BadInput, match=f"is of {script.__name__}.py"):
+            probe.main(str(folder / "checkpoint.pt"))
+        return
+    probe.main(str(folder / "checkpoint.pt"))
+    rows = [[float(word) for word in line.split()] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows] == [0, 1, 2, 3, 5, 6, 9]
+    assert all(known <= 1 and error >= 0 and 0 <= variance < 1.1**2 / 4 for _, known, error, variance in rows)
+
+
+def test_runs_folder(tmp_path, monkeypatch):
+    """Without --run-dir: runs/<env>__<script>__<seed>__<time> where the command was given."""
+    monkeypatch.chdir(tmp_path)
+    main(varibad, *tiny(varibad, "--eval-interval", "-1", "--total-timesteps", "40", "--seed", "5"))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"GridWorld__varibad__5__\d{8}-\d{6}", folder.name) and (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("words", [["--num-envs", "5"], ["--num-envs", "25"], ["--eval-tasks", "6"], ["--eval-sample"]])
+def test_evaluation_covers_each_task_once(words, tmp_path, monkeypatch):
+    """However many environments there are, and whatever is left over: each name once, or the first few; with the most
+    likely actions or sampled ones, and never in training mode."""
+    trained_on, rounds, rollout = [], [], varibad.rollout
+
+    def spy(envs, agent, model, args, blind, tasks=None, deterministic=False):
+        (rounds if tasks else trained_on).append(tasks)
+        assert agent.training == model.training == (tasks is None)
+        assert deterministic == (tasks is not None and words != ["--eval-sample"])
+        return rollout(envs, agent, model, args, blind, tasks, deterministic)
+
+    monkeypatch.setattr(varibad, "rollout", spy)
+    monkeypatch.setattr(varibad, "draw_pictures", lambda *_: None)
+    run(varibad, tmp_path, "--total-timesteps", "100", "--buffer-size", "25", *words, eval_interval=1)
     tasks = json.loads((tmp_path / "eval.json").read_text())["tasks"]["test"]
-    assert list(tasks) == make_envs("GridWorld", 1).tasks[: 6 if "--eval-tasks" in sizes else 21]
-    rounds = [names for names in named if names]
-    assert set(sum(rounds, [])) == set(tasks) and sum(map(len, rounds)) < len(tasks) + len(rounds)
+    assert list(tasks) == make_envs("GridWorld", 1).tasks[: 6 if "--eval-tasks" in words else 21]
+    once, rest = divmod(len(rounds), len(trained_on))  # an evaluation after each iteration
+    assert once and not rest and rounds[:once] * len(trained_on) == rounds
+    assert list(dict.fromkeys(sum(rounds[:once], []))) == list(tasks)
+    assert len(sum(rounds[:once], [])) < len(tasks) + once  # a task or so more than once, where a round is not full
 
 
-@ALL
-def test_evaluation_does_not_touch_training(script, tmp_path):
-    """With and without evaluations: the same weights, bit for bit; and dropout is on again after one."""
-    extra = ["--reward-decoder", "mlp", "--decoder-dropout", "0.3", "--eval-tasks", "4"]
-    states = [run(script, tmp_path / str(k), *extra, eval_interval=k) for k in (-1, 1)]
-    different = [p for p in same(*states) if not p.startswith(("/args/", "/metrics_bytes"))]
-    assert different == []
+def test_by_episode():
+    """What is reported of tasks of two families, by hand."""
+    tasks = {
+        "a/0": dict({"return": [1.0, 3.0]}, success=[0.0, 1.0]),
+        "a/1": dict({"return": [2.0, 5.0]}, success=[1.0, 0.0]),
+        "b/0": dict({"return": [6.0, 1.0]}, success=[0.0, 0.0]),
+    }
+    assert by_episode(tasks) == pytest.approx(
+        {
+            "return_episode_1": 3, "return_episode_2": 3, "return": 3, "return/a": 4, "return/b": 1,
+            "success_rate_episode_1": 1 / 3, "success_rate_episode_2": 1 / 3, "success_rate": 1 / 3,
+            "success_rate_any_episode": 2 / 3, "success_rate/a": 1 / 2, "success_rate/b": 0,
+        }
+    )  # fmt: skip
+    assert not any("/" in key for key in by_episode({name: tasks[name] for name in ("a/0", "a/1")}))
+
+
+def recorded(script, monkeypatch):
+    """A list that will hold what every rollout returns."""
+    made, rollout = [], script.rollout
+    monkeypatch.setattr(script, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    return made
 
 
 @ALL
 @pytest.mark.parametrize("context", ["--no-belief", "--oracle-context"])
 def test_floor_and_ceiling(script, context, tmp_path, monkeypatch):
     """The policy gets zeros, or the true task, at every step; no belief is trained."""
-    made, rollout = [], script.rollout
-    monkeypatch.setattr(script, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    made = recorded(script, monkeypatch)
     end = run(script, tmp_path, context, eval_interval=0)
     for data in made:
         truth = data["contexts"] if script is dynamite_rl else data["task"]  # the last belief is nobody's
         belief = truth if context == "--oracle-context" else torch.zeros(len(data["task"]), 1)
         assert torch.equal(data["beliefs"][:-1], belief.expand_as(data["beliefs"][:-1]))
-    assert len(made) > 4 and not end["processes"][0]["buffer"]["store"] and not end["belief_optimizer"]["state"]
+    assert len(made) > 4 and end["processes"][0]["buffer"]["full"] == 0 and not end["belief_optimizer"]["state"]
 
 
 @SCRIPTS
 def test_warmup_of_the_belief(script, tmp_path, monkeypatch):
     """--belief-warmup: zeros for the policy for that many steps, while the belief model learns."""
-    made, rollout = [], script.rollout
-    monkeypatch.setattr(script, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    made = recorded(script, monkeypatch)
     end = run(script, tmp_path, "--belief-warmup", "80")
     assert [bool(data["beliefs"].any()) for data in made] == [False, False, True, True]
-    assert end["processes"][0]["buffer"]["full"] == 10 and {key for _, key, _ in metrics(tmp_path)} > {
-        "losses/belief_reward"
-    }
+    learnt = {int(step) for step, key, _ in metrics(tmp_path)[1:] if key == "losses/belief_reward"}
+    assert end["processes"][0]["buffer"]["full"] == 10 and learnt == {40, 80, 120, 160}
 
 
 # ---------- The same again: seeds, resume, signals ----------
 
+OF_THE_CALL = {"/args/run_dir", "/args/resume", "/args/eval_interval", "/metrics_bytes"}  # the clock has a length
 
-@ALL
-def test_seeds(script, tmp_path):
-    """The same command twice: weights, buffer and metrics bitwise equal. Another seed: another run."""
-    states = [run(script, tmp_path / str(k), "--seed", str(seed)) for k, seed in enumerate((0, 0, 1))]
-    assert set(same(*states[:2])) <= {"/args/run_dir", "/metrics_bytes"}  # the clock's numbers have a length
-    assert metrics(tmp_path / "0") == metrics(tmp_path / "1")
-    different = same(states[0], states[2])
-    assert metrics(tmp_path / "0") != metrics(tmp_path / "2")
-    for name, tensor in states[0]["agent"].items():
-        if (
-            tensor.is_floating_point()
-            and tensor.numel() > 1
-            and not name.startswith(("first_norm", "encoder.obs_norm"))
-        ):
-            assert f"/agent/{name}" in different
+
+def test_seeds_and_evaluation(trained, tmp_path):
+    """The same command again, without evaluations: weights, buffer, metrics are bitwise equal. Another seed: another
+    run."""
+    script, folder, _ = trained
+    end = torch.load(folder / "checkpoint.pt")
+    again, other = (run(script, tmp_path / str(seed), *HARD[script], "--seed", seed) for seed in (0, 1))
+    assert set(same(end, again)) <= OF_THE_CALL
+    evaluated = ("eval/", "imagination/")
+    assert metrics(tmp_path / "0") == [row for row in metrics(folder) if not row[1].startswith(evaluated)]
+    different = same(end, other)
+    assert metrics(tmp_path / "0") != metrics(tmp_path / "1")
+    for name, tensor in end["agent"].items():
+        constant = name.startswith(("first_norm", "encoder.obs_norm")) or tensor.numel() < 2
+        assert constant or not tensor.is_floating_point() or f"/agent/{name}" in different, name
+
+
+def continued(script, straight, resumed, *words):
+    """Copies the checkpoint before the last one of a run to a new folder, with all rows of metrics, those of the
+    iterations to come too, and goes on from there. Returns the last checkpoint."""
+    resumed.mkdir()
+    shutil.copy(straight / "checkpoint.pt.previous", resumed / "checkpoint.pt")
+    shutil.copy(straight / "metrics.csv", resumed)
+    assert torch.load(resumed / "checkpoint.pt")["iteration"] == 2
+    torch.manual_seed(123)
+    main(script, "--resume", resumed / "checkpoint.pt", *words)
+    return torch.load(resumed / "checkpoint.pt")
 
 
 def resume_equals_straight(script, folder, *words):
     """Four iterations straight equal two, saved, and two more: bit for bit, and no row of metrics lost or doubled."""
-    straight, resumed = folder / "straight", folder / "resumed"
-    end = run(script, straight, *words)
-    resumed.mkdir()
-    shutil.copy(straight / "checkpoint.pt.previous", resumed / "checkpoint.pt")
-    shutil.copy(straight / "metrics.csv", resumed)  # with rows of the two iterations to come
-    assert torch.load(resumed / "checkpoint.pt")["iteration"] == 2
-    torch.manual_seed(123)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "LOG_EVERY", 1)
-        script.main(script.parse_args(["--resume", str(resumed / "checkpoint.pt")]))
-    again = torch.load(resumed / "checkpoint.pt")
-    assert set(same(end, again)) <= {"/args/run_dir", "/args/resume", "/metrics_bytes"}
-    assert metrics(straight) == metrics(resumed) and len(metrics(straight)) > 30
+    end = run(script, folder / "straight", *words)
+    again = continued(script, folder / "straight", folder / "resumed")
+    assert set(same(end, again)) <= OF_THE_CALL
+    assert metrics(folder / "straight") == metrics(folder / "resumed") and len(metrics(folder / "straight")) > 30
     assert end["iteration"] == again["iteration"] == 4 and end["processes"][0]["buffer"]["full"] > 4
 
 
-@SCRIPTS
-@pytest.mark.parametrize("env_id", HARD)
-def test_resume(script, env_id, tmp_path):
-    """Of both back ends, with all that draws random numbers or keeps a state."""
-    words = ["--env-id", env_id, *HARD[env_id], *(HARD_DME if script is dme else [])]
-    resume_equals_straight(script, tmp_path, *words)
+def test_resume(trained, tmp_path):
+    """Two iterations, saved, and two more with their evaluation: all as in four, to the last bit."""
+    script, folder, _ = trained
+    again = continued(script, folder, tmp_path / "run")
+    assert set(same(torch.load(folder / "checkpoint.pt"), again)) <= OF_THE_CALL
+    assert metrics(folder) == metrics(tmp_path / "run") and len(metrics(folder)) > 30
+    assert (tmp_path / "run" / "eval.json").read_text() == (folder / "eval.json").read_text()
 
 
-@ALL
-def test_resume_of_a_finished_run(script, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--env-id SparsePointRobot --seed 3 --elbo-terms 4 --decode-terms 3 --tbptt 5 --state-coef 1 --obs-shift 1",
+        "--env-id ML1-reach --seed 2 --belief-warmup 40 --obs-shift 1 --belief-updates 2 --elbo-terms 3 --tbptt 0",
+    ],
+)
+def test_resume_elsewhere(words, tmp_path):
+    """Of continuous actions and of worker processes; MuJoCo's back end: tests/test_sessions.py."""
+    resume_equals_straight(varibad, tmp_path, *words.split())
+
+
+def test_resume_of_a_finished_run(finished, monkeypatch, capsys):
     """There is nothing left to do: status 0 and no traceback, weights and metrics as they were."""
-    end, rows = run(script, tmp_path, eval_interval=0), metrics(tmp_path)
-    status, _ = command(script, monkeypatch, capsys, "--resume", tmp_path / "checkpoint.pt")
-    assert status == 0
-    assert same(end, torch.load(tmp_path / "checkpoint.pt")) == [] and metrics(tmp_path) == rows
+    end, rows = torch.load(finished / "checkpoint.pt"), metrics(finished)
+    status, _ = command(varibad, monkeypatch, capsys, "--resume", finished / "checkpoint.pt")
+    assert status == 0 and len(rows) > 30
+    assert same(end, torch.load(finished / "checkpoint.pt")) == [] and metrics(finished) == rows
 
 
-@ALL
-def test_resume_into_another_folder(script, tmp_path):
-    """--run-dir beside --resume: the run goes on there, and the old folder stays as it is."""
-    run(script, tmp_path / "old")
-    before = (tmp_path / "old" / "checkpoint.pt").read_bytes()
-    words = ["--resume", str(tmp_path / "old" / "checkpoint.pt"), "--run-dir", str(tmp_path / "new")]
-    script.main(script.parse_args([*words, "--total-timesteps", "200"]))
-    assert torch.load(tmp_path / "new" / "checkpoint.pt")["global_step"] == 200
-    assert (tmp_path / "old" / "checkpoint.pt").read_bytes() == before
+def test_resume_into_another_folder(finished, tmp_path):
+    """--run-dir beside --resume: the run goes on there, with what is given beside, and the old folder stays."""
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    words = ["--resume", finished / "checkpoint.pt", "--run-dir", tmp_path / "new"]
+    main(varibad, *words, "--total-timesteps", "200", "--learning-rate", "0.125")
+    end = torch.load(tmp_path / "new" / "checkpoint.pt")
+    assert end["global_step"] == 200 and end["optimizer"]["param_groups"][0]["lr"] == 0.125
+    assert {step for step, *_ in metrics(tmp_path / "new")} == {"global_step", "200"}
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
 
 
-def test_resume_says_cuda_again(trained, monkeypatch, tmp_path):
+def test_resume_of_the_one_before(finished, tmp_path):
+    """checkpoint.pt.previous may be resumed where it lies."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    main(varibad, "--resume", folder / "checkpoint.pt.previous")
+    again = torch.load(folder / "checkpoint.pt")
+    assert set(same(torch.load(finished / "checkpoint.pt"), again)) <= OF_THE_CALL and metrics(folder) == metrics(
+        finished
+    )
+
+
+def test_a_folder_that_holds_a_run(finished, monkeypatch, capsys):
+    """Another run into it: one line that says how to go on, status 2, and the run is as it was."""
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    said = one_sentence(varibad, monkeypatch, capsys, *tiny(varibad, "--run-dir", finished))
+    assert "holds a run already" in said and f"--resume {finished}" in said
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_resume_says_cuda_again(finished, tmp_path):
     """The flag of the first command may stand beside --resume or --evaluate of what it made."""
-    script, folder = trained
-    state = torch.load(folder / "checkpoint.pt")
+    state = torch.load(finished / "checkpoint.pt")
     state["args"]["cuda"] = True
     torch.save(state, tmp_path / "cuda.pt")
-    assert script.parse_args(["--evaluate", str(tmp_path / "cuda.pt"), "--cuda"]).cuda
+    assert parse(varibad, "--evaluate", tmp_path / "cuda.pt", "--cuda").cuda
 
 
 FROM = pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
@@ -384,12 +574,10 @@ FROM = pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 
 @FROM
 @pytest.mark.parametrize("damage", [lambda good: good[:3000], lambda good: good[:-100], lambda _: b"", lambda _: b"no"])
-def test_unreadable_checkpoints(trained, flag, damage, monkeypatch, capsys, tmp_path):
+def test_unreadable_checkpoints(finished, flag, damage, monkeypatch, capsys, tmp_path):
     """Truncated, empty or foreign: one line, status 2."""
-    script, folder = trained
-    (tmp_path / "bad.pt").write_bytes(damage((folder / "checkpoint.pt").read_bytes()))
-    status, lines = command(script, monkeypatch, capsys, flag, tmp_path / "bad.pt")
-    assert status == 2 and len(lines) == 1 and "not a readable checkpoint" in lines[0]
+    (tmp_path / "bad.pt").write_bytes(damage((finished / "checkpoint.pt").read_bytes()))
+    assert "not a readable checkpoint" in one_sentence(varibad, monkeypatch, capsys, flag, tmp_path / "bad.pt")
 
 
 @FROM
@@ -402,15 +590,23 @@ def test_unreadable_checkpoints(trained, flag, damage, monkeypatch, capsys, tmp_
         (lambda state: {k: v for k, v in state.items() if k != "agent"}, "agent"),
         (lambda state: {k: v for k, v in state.items() if k != "args"}, "args"),
         (lambda state: state | dict(args=state["args"] | dict(surplus=1)), "surplus"),
+        (lambda state: state | dict(surplus=1), "surplus"),
         (lambda state: state | dict(model=state["model"] | dict(surplus=torch.zeros(1))), "surplus"),
     ],
 )
-def test_foreign_checkpoints(trained, flag, change, named, monkeypatch, capsys, tmp_path):
+def test_foreign_checkpoints(finished, flag, change, named, monkeypatch, capsys, tmp_path):
     """Of another program, with code, with entries missing or to spare: one line that names them, status 2."""
-    script, folder = trained
-    torch.save(change(torch.load(folder / "checkpoint.pt")), tmp_path / "bad.pt")
-    status, lines = command(script, monkeypatch, capsys, flag, tmp_path / "bad.pt")
-    assert status == 2 and len(lines) == 1 and named in lines[0], lines
+    torch.save(change(torch.load(finished / "checkpoint.pt")), tmp_path / "bad.pt")
+    assert named in one_sentence(varibad, monkeypatch, capsys, flag, tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("part", ["rng", "buffer", "envs"])
+def test_a_process_that_lacks_something(finished, part, monkeypatch, capsys, tmp_path):
+    """A checkpoint without the random state, the buffer or the environments: one line that names it, status 2."""
+    state = torch.load(finished / "checkpoint.pt")
+    del state["processes"][0][part]
+    torch.save(state, tmp_path / "bad.pt")
+    assert part in one_sentence(varibad, monkeypatch, capsys, "--resume", tmp_path / "bad.pt")
 
 
 @pytest.mark.parametrize(
@@ -419,25 +615,29 @@ def test_foreign_checkpoints(trained, flag, change, named, monkeypatch, capsys, 
         ("--hidden-dim 9", "model"),
         ("--latent-dim 4", "agent"),
         ("--buffer-size 5", "--buffer-size"),
+        ("--num-envs 2", "--num-envs"),
         ("--horizon 6", "--horizon"),
+        ("--episodes-per-task 3", "--episodes-per-task"),
+        ("--reward-version v1", "--reward-version"),
+        ("--split-rule ldm", "--split-rule"),
         ("--env-id SparsePointRobot --reward-decoder mlp", "--env-id"),
         ("--evaluate other.pt", "--evaluate"),
     ],
 )
-def test_resume_with_other_sizes(trained, words, named, monkeypatch, capsys, tmp_path):
+def test_resume_with_other_sizes(finished, words, named, monkeypatch, capsys, tmp_path):
     """Arguments that the saved state does not fit: one line that names what, status 2, and nothing is started."""
-    script, folder = trained
     (tmp_path / "run").mkdir()
-    path = shutil.copy(folder / "checkpoint.pt", tmp_path / "run")
+    path = shutil.copy(finished / "checkpoint.pt", tmp_path / "run")
     argv = ["--resume", path, "--total-timesteps", "800", *words.split()]
-    status, lines = command(script, monkeypatch, capsys, *argv)
-    assert status == 2 and len(lines) == 1 and named in lines[0], lines
+    assert named in one_sentence(varibad, monkeypatch, capsys, *argv)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
 
 
 @ALL
-def test_a_signal_ends_the_run_saved(script, tmp_path, monkeypatch):
-    """SIGTERM in the second rollout: that iteration is finished and saved, and the run returns."""
+@pytest.mark.parametrize("interval", [0, 1])
+def test_a_signal_ends_the_run_saved(script, interval, tmp_path, monkeypatch):
+    """SIGTERM in the second rollout: that iteration is finished and saved, and the run returns; whether or not a
+    checkpoint is due."""
     made, rollout = [], script.rollout
 
     def interrupted(*a, **b):
@@ -447,7 +647,8 @@ def test_a_signal_ends_the_run_saved(script, tmp_path, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(script, "rollout", interrupted)
-    assert run(script, tmp_path, "--checkpoint-interval", "0")["iteration"] == 2
+    assert run(script, tmp_path, "--checkpoint-interval", interval)["iteration"] == 2
+    assert not (tmp_path / "eval.json").exists() and len(made) == 2
 
 
 @SCRIPTS
@@ -459,142 +660,3 @@ def test_smallest_sizes(script, tmp_path):
     ones += " --num-components 1 --component-layers 1" if script is dme else ""
     assert run(script, tmp_path, *ones.split(), eval_interval=0)["iteration"] == 3
     assert all(math.isfinite(float(value)) for _, _, value in metrics(tmp_path)[1:])
-
-
-# ---------- House style ----------
-
-
-@EVERY
-def test_import_starts_nothing(script, tmp_path, monkeypatch, capfd):
-    """No output, no file, no thread, no random number."""
-    monkeypatch.chdir(tmp_path)
-    before, threads = torch.get_rng_state(), threading.active_count()
-    runpy.run_path(script.__file__, run_name=script.__name__)
-    assert torch.equal(before, torch.get_rng_state()) and threading.active_count() == threads
-    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
-
-
-@ALL
-def test_from_another_directory(script, tmp_path):
-    """The script runs from where it does not live, and leaves runs/ there."""
-    argv = [sys.executable, script.__file__, *tiny(script, "--eval-interval", "-1", "--total-timesteps", "40")]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith(f"{script.Args.env_id}__{script.__name__}__1__")
-    assert (folder / "checkpoint.pt").exists() and f"runs/{folder.name}" in done.stdout
-
-
-@EVERY
-def test_every_argument_is_documented_and_used(script):
-    """A comment beside or above each field of Args, and `args.<field>` somewhere in the code."""
-    source = Path(script.__file__).read_text()
-    lines = source.splitlines()
-    tree = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args")
-    for field in tree.body:
-        name = field.target.id
-        above = lines[field.lineno - 2].strip()
-        assert re.search(r"  # \S", lines[field.lineno - 1]) or re.match(r"# .{20}", above), name
-        assert re.search(rf"\bargs\.{name}\b", source), name
-
-
-EXCEPTIONS = {}  # script -> definitions that differ from those of one name in varibad.py, and why
-EXCEPTIONS[dme] = {
-    "Args": "DME's own arguments; it decodes the future (4) and has three KL terms in place of one",
-    "PRESETS": "its hyper-parameters",
-    "META_WORLD": "no weight of variBAD's KL",
-    "LOCOMOTION": "no weight of variBAD's KL; a range of virtual rewards",
-    "SMALL_ML": "no decoder dropout, which the preset of its peer has for virtual tasks",
-    "check_args": "DME's own arguments",
-    "BeliefModel": "the hierarchical mixture (1), (2)",
-    "elbo": "(7) to (10)",
-    "update_belief": "virtual batches (11)",
-    "normalise_rewards": "virtual rewards do not move the scale (11)",
-    "rollout": "virtual rewards (11) and Algorithm 1's initial belief",
-    "draw_pictures": "the mixture's picture, too",
-    "train": "virtual iterations and their rising rate",
-}
-EXCEPTIONS[ldm] = {
-    "Args": "LDM's own arguments; A2C; the defaults are its grid's",
-    "PRESETS": "its hyper-parameters",
-    "LOCOMOTION": "its hyper-parameters",
-    "SMALL": "no presets for small machines",
-    "check_args": "its own arguments; minibatches are whole windows; the policy needs no warm-up",
-    "Agent": "the policy's own recurrent encoder; no embeddings (3.1)",
-    "BeliefModel": "encoder-v, of one kind with the policy's (3.2)",
-    "Decoder": "dropout's masks may differ from pair to pair",
-    "reconstruction": "the Bernoulli decoder of (m, s')",
-    "ppo_update": "through time (3.1)",
-    "rollout": "the policy's encoder, imaginary rewards (3.3)",
-    "draw_pictures": "the policy's belief is not the decoder's",
-    "train": "roles, A2C, what the buffer takes",
-    "main": "its oracles train on all tasks",
-}
-EXCEPTIONS[dynamite_rl] = {
-    "Args": "its own arguments; the defaults are its grid's",
-    "PRESETS": "its hyper-parameters",
-    "SESSIONS": "its hyper-parameters",
-    "SMALL": "its environments alone",
-    "SMALL_SESSIONS": "its weight of the KL",
-    "check_args": "its own arguments",
-    "Agent": "no embeddings, ReLU (appendix E); actor and critic may be clipped apart",
-    "Encoder": "an MLP before the GRU (appendix E), conditioning",
-    "BeliefModel": "heads of session ends, p(m' | m), Algorithm 3's next session",
-    "elbo": "(4) to (6)",
-    "ppo_update": "actor and critic clipped apart; the clipped value loss without Huber's",
-    "Buffer": "session ends, too",
-    "rollout": "Algorithm 3",
-    "evaluate": "session ends and returns of sessions",
-    "draw_pictures": "session ends",
-    "train": "the oracle's context, returns of sessions",
-}
-EXCEPTIONS[laser] = {
-    "Args": "its own arguments; the defaults are MEWA's",
-    "PARTS": "two policies, encoder, heads and target",
-    "PRESETS": "its hyper-parameters",
-    "YOUR_OWN": "its hyper-parameters",
-    "SMALL": "its environments alone",
-    "check_args": "its own arguments; one process",
-    "parse_args": "sizes of an explored run's encoder",
-    "Agent": "features of Gamma_t or of the context (D.2); the layer that PFO holds",
-    "Encoder": "transformers (3.4)",
-    "ppo_update": "the meta-reward (14), PFO, idle steps left out",
-    "Buffer": "all meta-episodes of a task side by side, in bytes",
-    "evaluate": "Algorithm 2",
-    "make_eval_envs": "environments of exploration and of exploitation",
-    "make_args_envs": "another number of episodes",
-    "draw_pictures": "Figure 9, and the curves",
-    "capture_video": "the task policy after exploration",
-    "main": "environments of both phases",
-    "train": "Algorithm 1",
-}
-LEFT_OUT = {  # what a script does without
-    dme: {"SESSIONS", "SMALL_SESSIONS"},  # no presets of environments with sessions
-    ldm: {  # nor of Meta-World; nothing waits for the belief
-        *("META_WORLD", "SMALL_ML", "is_blind", "SESSIONS", "SMALL_SESSIONS"),
-    },
-    dynamite_rl: {"META_WORLD", "SMALL_ML", "LOCOMOTION"},  # no presets of environments without sessions
-    laser: {  # no belief model of variBAD's kind, and no presets but its own
-        *("META_WORLD", "SMALL_ML", "LOCOMOTION", "SESSIONS", "SMALL_SESSIONS", "is_blind", "Decoder"),
-        *("MultiHeadDecoder", "BeliefModel"),
-        *("kl_gaussians", "window", "reconstruction", "multihead_loss", "elbo", "real_posteriors", "average"),
-        *("draw_posteriors", "update_belief", "rollout", "ranks", "leads", "share"),  # one process
-    },
-}
-
-
-def definitions(script):
-    found = {}
-    for node in ast.parse(Path(script.__file__).read_text()).body:
-        for name in [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", [])]:
-            found[name] = ast.unparse(node)
-    return found
-
-
-@pytest.mark.parametrize("script", EXCEPTIONS, ids=lambda module: module.__name__)
-def test_shared_definitions_are_identical(script):
-    """What has one name in both scripts has one body, unless it is the paper's; and the exceptions do differ."""
-    ours, theirs = definitions(varibad), definitions(script)
-    different = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
-    assert different == EXCEPTIONS[script].keys()
-    assert ours.keys() - theirs.keys() == LEFT_OUT[script]

@@ -1,7 +1,9 @@
 """Runs that can be trusted: saving under fire, NaNs, arguments at random, several processes, compiled, on no device."""
 
+import contextlib
 import csv
 import dataclasses
+import functools
 import math
 import os
 import random
@@ -11,61 +13,128 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
+import common.processes
+import common.run
 import dme
 import dynamite_rl
 import ldm
 import varibad
+from common import files
+from common.arguments import check_bounds
 from common.envs import BadInput, make_envs
+from common.processes import descend
 from tests import test_dynamite, test_ldm
 from tests.test_belief import SCRIPTS, random_batch, setup, signals  # noqa: F401
-from tests.test_scripts import ALL, TINY, command, metrics, run, same, tiny
+from tests.test_scripts import (
+    ALL,
+    HARD,
+    OF_THE_CALL,
+    ROOT,
+    TINY,
+    command,
+    main,
+    metrics,
+    parse,
+    python,
+    run,
+    same,
+    tiny,
+)
 
-ROOT = Path(varibad.__file__).parent
 STEADY = ["--ent-coef-end", "0.04"]  # nothing that depends on the run's length
 
 
 # ---------- Saving ----------
 
 
+def save_twice(path, number, last_line=0):
+    """In a child: saves `number`, then the next one, in which it is killed before the line of Python that is to come as
+    the `last_line`-th. Returns how many lines there were, 0 where it was killed."""
+    end, other = os.pipe()
+    child = os.fork()
+    if child == 0:
+        lines = 0
+
+        def count(frame, event, value):
+            nonlocal lines
+            lines += event == "line"
+            if lines == last_line and event == "line":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return count
+
+        try:
+            for k in (number, number + 1):
+                sys.settrace(count if k > number else None)
+                files.save_checkpoint(path, dict(number=k, data=torch.full((20_000,), float(k))))
+            sys.settrace(None)
+            os.write(other, str(lines).encode())
+        finally:
+            os._exit(0)
+    os.close(other)
+    with open(end, "rb") as pipe:
+        said = pipe.read()
+    assert os.waitpid(child, 0)[1] == (0 if said else signal.SIGKILL)
+    return int(said or 0)
+
+
 def test_kill_while_saving(tmp_path):
-    """SIGKILL at a random moment, forty times: the latest checkpoint is there, whole, and never an older one."""
-    path, generator, seen = tmp_path / "checkpoint.pt", random.Random(1), -1
-    for _ in range(40):
-        child = os.fork()
-        if child == 0:
-            try:
-                for number in range(seen + 1, 10**9):
-                    varibad.save_checkpoint(path, dict(number=number, data=torch.full((20_000,), float(number))))
-            finally:
-                os._exit(1)
-        time.sleep(generator.uniform(0.005, 0.05))
-        os.kill(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
-        for name in ("checkpoint.pt", "checkpoint.pt.previous"):
-            if (tmp_path / name).exists():
-                state = torch.load(tmp_path / name, weights_only=True)
-                assert state["data"].eq(state["number"]).all()
-                if name == "checkpoint.pt":
-                    assert state["number"] >= seen
-                    seen = state["number"]
-    assert seen > 40  # it did save, and was not always hit in the first one
+    """SIGKILL at random moments of a save, and at its last ones: the checkpoint before it is there, whole, and so is
+    the one before that."""
+    path, killed = tmp_path / "checkpoint.pt", 0
+    lines = save_twice(path, 0)
+    assert lines > 50
+    for k, last_line in enumerate([*random.sample(range(1, lines - 9), 30), *range(lines - 9, lines + 1)]):
+        number = 2 * k + 2
+        ended = save_twice(path, number, last_line)  # where a kill left something behind, there may be fewer lines
+        assert not 0 < last_line <= ended
+        killed += not ended
+        latest = {number + 1} if ended else {number}
+        for file, allowed in (("checkpoint.pt", latest), ("checkpoint.pt.previous", {number - 2, number - 1, number})):
+            state = torch.load(tmp_path / file, weights_only=True)
+            assert state["number"] in allowed and state["data"].eq(state["number"]).all(), (file, last_line)
+    assert killed > 30
 
 
-@ALL
-def test_a_save_that_fails(script, tmp_path, monkeypatch, capsys):
+def test_a_save_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    """So that after a power failure, too, there is a whole one under the name; and the one before it under its own."""
+    path, done = tmp_path / "checkpoint.pt", []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        file = os.readlink(f"/proc/self/fd/{descriptor}")
+        done.append(("fsync", Path(file).name, torch.load(file)["number"]))
+        fsync(descriptor)
+
+    def replaced(old, new):
+        done.append(("replace", Path(new).name, torch.load(old)["number"]))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    for number in (1, 2):
+        files.save_checkpoint(path, dict(number=number))
+    assert done[:2] == [("fsync", "checkpoint.pt.tmp", 1), ("replace", "checkpoint.pt", 1)]
+    assert done[2:4] == [("fsync", "checkpoint.pt.tmp", 2), ("replace", "checkpoint.pt.previous", 1)]
+    assert done[4:] == [("replace", "checkpoint.pt", 2)]
+    assert {file.name for file in tmp_path.iterdir()} == {"checkpoint.pt", "checkpoint.pt.previous"}
+
+
+def test_a_save_that_fails(tmp_path, monkeypatch, capsys):
     """A full disk (here: a limit to the size of files) in the middle: a sentence, the last good one stays, and on."""
-    save, limits = script.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = common.run.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def short_of_space(path, state):
         full = state["iteration"] in (2, 3)
@@ -77,70 +146,65 @@ def test_a_save_that_fails(script, tmp_path, monkeypatch, capsys):
             assert torch.load(path)["iteration"] == (1 if full else state["iteration"])
             assert not path.with_name("checkpoint.pt.tmp").exists()
 
-    monkeypatch.setattr(script, "save_checkpoint", short_of_space)
-    end = run(script, tmp_path, "--checkpoint-interval", "1")
+    monkeypatch.setattr(common.run, "save_checkpoint", short_of_space)
+    end = run(varibad, tmp_path, "--checkpoint-interval", "1")
     out = "".join(capsys.readouterr())
     assert end["iteration"] == 4 and out.count("checkpoint not saved at step") == 2 and "step 80: " in out
 
 
-@ALL
-def test_too_little_disk(script, tmp_path, monkeypatch, capsys):
-    """Found at the start: one line that says how much is missing, status 2. What a run needs is what it then writes."""
+def test_too_little_disk(tmp_path, monkeypatch, capsys):
+    """Found at the start: one line that says how much is missing, status 2. There is to be room for three checkpoints,
+    of which those that are there take none."""
     usage = shutil.disk_usage(tmp_path)
-    argv = tiny(script, "--buffer-size", "10000", "--total-timesteps", "400000", "--run-dir", tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    status, lines = command(script, monkeypatch, capsys, *argv)
-    assert status == 2 and re.search("lacks 1?8 MB for its checkpoints.*--run-dir .*--buffer-size", lines[-1]), lines
-    need = []
-    monkeypatch.setattr(script, "missing_space", lambda folder, size: need.append(size) or 0.0)
-    end = run(script, tmp_path / "other", "--buffer-size", "1000")
-    assert need == [sum(x.nbytes for x in end["processes"][0]["buffer"]["store"].values())]
+    assert files.missing_space(tmp_path, 300_000) == 0 and files.missing_space(tmp_path, 400_000) == 200_000
+    (tmp_path / "checkpoint.pt.previous").write_bytes(bytes(150_000))
+    assert files.missing_space(tmp_path, 400_000) == 50_000
+    argv = tiny(varibad, "--buffer-size", "10000", "--total-timesteps", "400000", "--run-dir", tmp_path / "run")
+    status, lines = command(varibad, monkeypatch, capsys, *argv)
+    assert status == 2 and len(lines) == 1 and "--run-dir or a smaller --buffer-size" in lines[0]
+    row = 10 * (2 * 2 * 4 + 8 + 4 + 1)  # a step: two states of two numbers, an action, a reward, alive
+    assert f"lacks {(3 * 10_000 * row - 1_000_000) / 1e6:.0f} MB for its checkpoints" in lines[0]
 
 
 def test_a_full_disk(tmp_path):
-    """No file may grow beyond 30 kB: metrics, checkpoints and pictures say so, and the run reaches its end."""
+    """No file may grow beyond 9 kB: metrics, checkpoints and pictures say so, and the run reaches its end."""
+    words = [*TINY, "--total-timesteps", "400", "--eval-interval", "5", "--checkpoint-interval", "5"]
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-import dme
-resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-dme.LOG_EVERY = 1
-dme.main(dme.parse_args({[*TINY, "--total-timesteps", "1200", "--eval-interval", "10", "--checkpoint-interval", "5"]}))
+import common.run, varibad
+from common.arguments import parse_args
+common.run.LOG_EVERY = 1
+args = parse_args(varibad.Args, varibad.PRESETS, varibad.SMALL, {words})
+resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+varibad.main(args)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "1200 steps in" in done.stdout, done.stderr[-2000:]
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0 and "400 steps in" in done.stdout, done.stderr[-2000:]
     for what in ("checkpoint", "metrics", "evaluation", "pictures"):
-        assert f"{what} not saved at step 1200: " in done.stdout + done.stderr
+        assert f"{what} not saved at step 400: " in done.stdout + done.stderr, what
 
 
-@ALL
-def test_an_unwritable_folder(script, tmp_path, monkeypatch, capsys):
+def test_an_unwritable_folder(tmp_path, monkeypatch, capsys):
     """One line, status 2, before any training."""
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(script, "rollout", None)
-    status, lines = command(script, monkeypatch, capsys, *tiny(script, "--run-dir", tmp_path / "file" / "run"))
+    status, lines = command(varibad, monkeypatch, capsys, *tiny(varibad, "--run-dir", tmp_path / "file" / "run"))
     assert status == 2 and len(lines) == 1 and "cannot write" in lines[0] and "file" in lines[0]
-
-
-@ALL
-def test_resume_of_the_one_before(script, tmp_path):
-    """checkpoint.pt.previous may be resumed where it lies."""
-    end = run(script, tmp_path)
-    script.main(script.parse_args(["--resume", str(tmp_path / "checkpoint.pt.previous")]))
-    again = torch.load(tmp_path / "checkpoint.pt")
-    assert set(same(end, again)) <= {"/args/run_dir", "/args/resume", "/metrics_bytes"}
 
 
 # ---------- Finite numbers ----------
 
 
-@ALL
-@pytest.mark.parametrize("where", ["observation", "reward", "policy loss", "belief loss", "belief gradient norm"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+EVERYWHERE = ["observation", "reward", "policy loss", "belief loss", "belief gradient norm"]
+SPOILT = [(varibad, where, bad) for where in EVERYWHERE for bad in (math.nan, math.inf)]
+SPOILT += [(script, EVERYWHERE[k], bad) for script in (dme, ldm, dynamite_rl) for k, bad in enumerate([math.nan] * 4)]
+
+
+@pytest.mark.parametrize("script, where, bad", SPOILT, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_not_finite(script, where, bad, tmp_path, monkeypatch):
     """One NaN or infinity in iteration 3: the run stops before the next step and names both; the disk has 2's."""
     made, rollout, elbo = [], script.rollout, script.elbo
-    monkeypatch.setattr(script, "evaluate", lambda *_: 1 / 0)
 
     def spoilt(envs, agent, model, *a, **b):
         data = rollout(envs, agent, model, *a, **b)
@@ -165,62 +229,79 @@ def test_not_finite(script, where, bad, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "rollout", spoilt)
     monkeypatch.setattr(script, "elbo", spoilt_elbo)
-    with pytest.raises(FloatingPointError, match=r"iteration 3: .*(" + where.split()[0] + ").* not finite"):
+    said = r"iteration 3: .*(" + where.split()[0] + ").* not finite; the last checkpoint stands"
+    with pytest.raises(FloatingPointError, match=said):
         run(script, tmp_path, "--checkpoint-interval", "1")
     saved = torch.load(tmp_path / "checkpoint.pt")
     assert saved["iteration"] == 2 and same(saved["agent"], made[2]) == []
 
 
-@ALL
 @pytest.mark.parametrize("words", ["--learning-rate 1e38", "--belief-learning-rate 3e38"])
-def test_weights_on_disk_are_finite(script, words, tmp_path):
+def test_weights_on_disk_are_finite(words, tmp_path):
     """Where the last step of an iteration breaks the weights, nothing is saved."""
     with pytest.raises(FloatingPointError, match="iteration 2: weights of the .* not finite"):
         words += " --update-epochs 1 --num-minibatches 1 --belief-updates 1 --checkpoint-interval 1 --max-grad-norm 0"
-        run(script, tmp_path, *words.split(), "--precollect", "50")
+        run(varibad, tmp_path, *words.split(), "--precollect", "50")
     assert torch.load(tmp_path / "checkpoint.pt")["iteration"] == 1
 
 
-@ALL
-def test_nothing_moves_where_the_gradient_is_not_finite(script):
+def test_nothing_moves_where_the_gradient_is_not_finite():
     """`descend` raises before the step: parameters and the optimiser's state are as they were."""
     layer = torch.nn.Linear(3, 1)
     optimizer = torch.optim.Adam(layer.parameters())
-    script.descend(optimizer, layer(torch.ones(3)).sum(), [layer], 0.0, "good")
+    descend(optimizer, layer(torch.ones(3)).sum(), [layer], 0.0, "good")
     before = [p.clone() for p in layer.parameters()], str(optimizer.state_dict())
     with pytest.raises(FloatingPointError, match="bad loss is not finite"):
-        script.descend(optimizer, (layer(torch.ones(3)) / 0).sum(), [layer], 1.0, "bad")
+        descend(optimizer, (layer(torch.ones(3)) / 0).sum(), [layer], 1.0, "bad")
     with pytest.raises(FloatingPointError, match="bad gradient norm is not finite"):
         x = layer.weight.sum()
-        script.descend(optimizer, (x - x.detach()).sqrt(), [layer], 1.0, "bad")
+        descend(optimizer, (x - x.detach()).sqrt(), [layer], 1.0, "bad")
     assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before[0]))
     assert str(optimizer.state_dict()) == before[1]
 
 
-def test_the_command_says_so(tmp_path):
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A function that writes a module of the user's own, where the command is given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield lambda name, code: (tmp_path / f"{name}.py").write_text(code)
+    for file in tmp_path.glob("*.py"):
+        sys.modules.pop(file.stem, None)
+
+
+def test_the_command_says_so(own_module, monkeypatch, capsys):
     """An environment that gives a NaN: one line, status 1, no traceback."""
-    (tmp_path / "mine.py").write_text(
+    own_module(
+        "spoilt",
         "from common.envs.gridworld import GridWorld\n"
         "class Bad(GridWorld):\n"
         "    def move(self, action):\n"
         "        obs, reward, success = super().move(action)\n"
-        "        return obs, reward / (self.resets < 2), success\n"
+        "        return obs, reward / (self.resets < 2), success\n",
     )
-    argv = [sys.executable, ROOT / "varibad.py", *TINY, "--env-id", "mine:Bad", "--eval-interval", "-1"]
-    argv += ["--reward-decoder", "multihead", "--tbptt", "0"]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "varibad.py: iteration 2: reward is not finite; the last checkpoint stands"
+    words = "--env-id spoilt:Bad --eval-interval -1 --reward-decoder multihead --tbptt 0".split()
+    status, lines = command(varibad, monkeypatch, capsys, *TINY, *words)
+    assert status == 1 and not any("Traceback" in line for line in lines)
+    assert lines[-1] == "varibad.py: iteration 2: reward is not finite; the last checkpoint stands"
 
 
-@pytest.mark.parametrize(
-    "script, fault, says",
-    [(varibad, "1 / 0", "ZeroDivisionError"), (dme, "os.kill(os.getpid(), 9)", "SIGKILL")],
-    ids=["varibad-raises", "dme-dies"],
-)
-def test_a_worker_that_fails(script, fault, says, tmp_path):
+def children():
+    """Processes that this one has started and that have not ended."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found.add(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("fault, says", [("1 / 0", "ZeroDivisionError"), ("os.kill(os.getpid(), 9)", "SIGKILL")])
+def test_a_worker_that_fails(fault, says, own_module, monkeypatch, capsys, tmp_path):
     """In the third iteration: status 1, the environment and its family by name, no process left, checkpoint intact."""
-    (tmp_path / "mine.py").write_text(
+    own_module(
+        "walking",
         "import os\nimport gymnasium, numpy as np\nfrom common.envs.workers import WorkerVectorEnv\n"
         "class Walk(gymnasium.Env):\n"
         "    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float64)\n"
@@ -237,56 +318,63 @@ def test_a_worker_that_fails(script, fault, says, tmp_path):
         "def make(num_envs, split, seed, device, horizon=5, episodes_per_task=2):\n"
         "    tasks = [('walker', k, None) for k in range(3)]\n"
         "    sizes = horizon, episodes_per_task\n"
-        "    return WorkerVectorEnv({'walker': Walk}, tasks, num_envs, split, seed, device, *sizes)\n"
+        "    return WorkerVectorEnv({'walker': Walk}, tasks, num_envs, split, seed, device, *sizes)\n",
     )
-    words = [*TINY, "--env-id", "mine:make", "--eval-interval", "-1", "--run-dir", "run", "--checkpoint-interval", "1"]
-    argv = [sys.executable, script.__file__, *words, "--tbptt", "0"]
-    process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    assert re.search(rf"{script.__name__}.py: environments? [0-3, ]+\(walker\): .*{says}", said.splitlines()[-1]), said
+    before = children()
+    words = "--env-id walking:make --eval-interval -1 --run-dir run --checkpoint-interval 1 --tbptt 0".split()
+    status, lines = command(varibad, monkeypatch, capsys, *TINY, *words)
+    assert status == 1 and re.search(rf"varibad.py: environments? [0-3, ]+\(walker\): .*{says}", lines[-1]), lines
     assert torch.load(tmp_path / "run" / "checkpoint.pt")["iteration"] == 2
-    time.sleep(0.2)
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not any(str(tmp_path).encode() in line for line in commands)
+    assert children() <= before
 
 
 # ---------- Signals ----------
 
 
-@ALL
-@pytest.mark.parametrize("second, status", [(0, 0), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_two_signals(script, second, status, tmp_path):
-    """SIGTERM ends a run saved; a second signal, at once."""
+@pytest.mark.parametrize("second, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_two_signals(second, status, tmp_path):
+    """A second signal ends a run at once, with what was saved before; the first alone: tests/test_scripts.py."""
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import {script.__name__} as script
-rollout, made = script.rollout, []
+import varibad
+from common.arguments import parse_args
+rollout, made = varibad.rollout, []
 def hit(*a, **b):
     made.append(1)
     if len(made) == 2:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), {int(second)})
     return rollout(*a, **b)
-script.rollout = hit
-script.main(script.parse_args({tiny(script, "--eval-interval", "-1", "--checkpoint-interval", "1")}))
+varibad.rollout = hit
+words = {tiny(varibad, "--eval-interval", "-1", "--checkpoint-interval", "1", "--run-dir", "run")}
+varibad.main(parse_args(varibad.Args, varibad.PRESETS, varibad.SMALL, words))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = python("-c", code, cwd=tmp_path)
     assert done.returncode == status, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert torch.load(folder / "checkpoint.pt")["iteration"] == (2 if status == 0 else 1)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["iteration"] == 1
 
 
 # ---------- Arguments at random ----------
 
 
 FIXED = {"env_id", "cuda", "track", "compile", "capture_video", "run_dir", "resume", "evaluate", "total_timesteps"}
+FIXED |= {"eval_interval"}
+SMALL_INTS = {"horizon", "episodes_per_task", "update_epochs", "belief_updates"}  # what costs time in proportion
+
+
+def kinds(script, other=None):
+    """Type of each argument, without bounds, of those that `other` has not."""
+    names = {field.name for field in dataclasses.fields(script.Args)} - FIXED
+    names -= {field.name for field in dataclasses.fields(other.Args)} if other else set()
+    return {name: hint for name, hint in get_type_hints(script.Args).items() if name in names}
 
 
 def one_iteration_or_one_sentence(script, args, folder):
+    """One iteration runs to its end, or one sentence says what is wrong."""
     args.run_dir, args.total_timesteps = str(folder / "run"), 1
     try:
+        check_bounds(args)
         script.main(args)
     except BadInput as error:
         assert "\n" not in str(error) and len(str(error)) > 20
@@ -297,14 +385,15 @@ def one_iteration_or_one_sentence(script, args, folder):
 
 @ALL
 def test_each_argument_at_its_edges(script, tmp_path):
-    """0, 1, nothing and too much, one argument at a time."""
-    edges = {bool: (True, False), int: (0, 1), float: (0.0, 1.0, 1e30, math.nan)}
-    for field in dataclasses.fields(script.Args):
-        if field.name not in FIXED | {"eval_interval"}:
-            for value in edges.get(field.type) or get_args(field.type):
-                args = script.parse_args(tiny(script, "--eval-interval", "-1"))
-                setattr(args, field.name, () if value is Ellipsis else (1,) if value is int else value)
-                one_iteration_or_one_sentence(script, args, tmp_path)
+    """0, 1, nothing and too much, one argument at a time: all of varibad.py's, and those that others have beside."""
+    edges = {bool: (True, False), int: (0, 1), float: (0.0, 1.0, 1e30, math.nan), tuple[int, ...]: ((), (1,))}
+    tried = kinds(script, None if script is varibad else varibad)
+    assert len(tried) > 5
+    for name, kind in tried.items():
+        for value in edges.get(kind) or get_args(kind):
+            args = parse(script, *tiny(script, "--eval-interval", "-1"))
+            setattr(args, name, value)
+            one_iteration_or_one_sentence(script, args, tmp_path)
 
 
 NUMBERS = st.one_of(
@@ -314,58 +403,41 @@ NUMBERS = st.one_of(
 )
 
 
-def draw_field(data, field, default):
+def draw_value(data, name, kind):
     """A value for one argument, of its type."""
-    if field.type is bool:
-        return data.draw(st.booleans(), field.name)
-    if get_origin(field.type) is tuple:
-        return tuple(data.draw(st.lists(st.integers(-1, 9), max_size=3), field.name))
-    if get_args(field.type):
-        return data.draw(st.sampled_from(get_args(field.type)), field.name)
-    return field.type(data.draw(NUMBERS.filter(lambda x: field.type is float or math.isfinite(x)), field.name))
+    if kind is bool:
+        return data.draw(st.booleans(), name)
+    if kind is int:
+        most = 8 if name in SMALL_INTS else 50
+        return int(data.draw(NUMBERS.filter(lambda x: math.isfinite(x) and x <= most), name))
+    if kind is float:
+        return float(data.draw(NUMBERS, name))
+    if get_origin(kind) is tuple:
+        return tuple(data.draw(st.lists(st.integers(-1, 9), max_size=3), name))
+    return data.draw(st.sampled_from(get_args(kind)), name)
 
 
 @ALL
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_arguments_at_random(script, data, tmp_path_factory):
-    """Whatever numbers a few arguments get: one iteration runs to its end, or one sentence says what is wrong."""
+    """Whatever values a few arguments get: one iteration runs to its end, or one sentence says what is wrong."""
     env_id = data.draw(st.sampled_from(["GridWorld", "SparsePointRobot"]), "env_id")
-    words = [*TINY, "--env-id", env_id, "--eval-interval", "-1", "--tbptt", "0"]
-    args = script.parse_args(words)
-    fields = [field for field in dataclasses.fields(args) if field.name not in FIXED]
-    for field in data.draw(st.lists(st.sampled_from(fields), min_size=1, max_size=4, unique_by=id), "fields"):
-        value = draw_field(data, field, getattr(args, field.name))
-        if field.type is int and value > 50:
-            value = 50
-        setattr(args, field.name, value)
+    args, known = parse(script, *TINY, "--env-id", env_id, "--eval-interval", "-1", "--tbptt", "0"), kinds(script)
+    for name in data.draw(st.lists(st.sampled_from([*known]), min_size=1, max_size=4, unique=True), "names"):
+        setattr(args, name, draw_value(data, name, known[name]))
     one_iteration_or_one_sentence(script, args, tmp_path_factory.mktemp("run"))
 
 
-# ---------- Another place ----------
-
-
-@ALL
-def test_a_copy_in_an_empty_folder(script, tmp_path):
-    """The script and common/ are enough."""
-    shutil.copy(script.__file__, tmp_path)
-    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    argv = [sys.executable, f"{script.__name__}.py", *tiny(script, "--eval-interval", "-1", "--total-timesteps", "40")]
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=clean)
-    assert done.returncode == 0, done.stderr
-
-
-@ALL
-def test_track(script, tmp_path, monkeypatch):
+def test_track(tmp_path, monkeypatch):
     """--track: Weights & Biases gets the rows of metrics.csv, with global_step as the axis."""
     rows, said = [], []
     fake = types.SimpleNamespace(log=rows.append, finish=lambda: said.append("finish"))
     fake.define_metric = lambda *a, **b: said.append((a, b))
     module = types.SimpleNamespace(init=lambda **kwargs: said.append(kwargs) or fake)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    run(script, tmp_path, "--track", eval_interval=2)
-    assert said[0]["config"]["env_id"] == script.Args.env_id and said[0]["dir"] == tmp_path and said[-1] == "finish"
+    run(varibad, tmp_path, "--track", eval_interval=2)
+    assert said[0]["config"]["env_id"] == "GridWorld" and said[0]["dir"] == tmp_path and said[-1] == "finish"
     assert said[1] == (("*",), dict(step_metric="global_step"))
     logged = [
         (str(row["global_step"]), key, repr(float(row[key]))) for row in rows for key in row if key != "global_step"
@@ -408,7 +480,7 @@ def joined(script, env_id):
     batch, data = random_batch(s, B=4), random_batch(s, B=4)
     T = s.envs.meta_horizon
     data |= dict(logprobs=torch.randn(T, 4) - 1.5, values=torch.randn(T + 1, 4), advantages=torch.randn(T, 4))
-    data |= dict(returns=torch.randn(T, 4), beliefs=torch.randn(T + 1, 4, sum(s.agent.belief_sizes)))
+    data |= dict(returns=torch.randn(T, 4), beliefs=torch.randn(T + 1, 4, sum(s.agent.belief_sizes.values())))
     data |= dict(acted_on=data["next_obs"], hiddens=torch.randn(2, 4, s.args.hidden_dim))
     batch |= dict(session_end=torch.rand(T, 4) < 0.3)
     batch["session_end"][-1] = True
@@ -443,69 +515,134 @@ def test_gradient_of_two_processes(script, env_id, tmp_path, monkeypatch):
         torch.testing.assert_close(norms, s.agent.state_dict())
 
 
-def torchrun(script, *words):
-    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script.__file__, *words]
+def main_of_rank(rank, path, name, words):
+    """A process of two that runs a script from beginning to end, as torchrun would; it keeps what it came to."""
+    script = sys.modules[name]
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # this process is a fork, and the old lock may have been held
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    meet = dict(init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    dist.init_process_group = functools.partial(dist.init_process_group, **meet)
+    tasks, rollout = [], script.rollout
+
+    def watched(envs, *a, **b):
+        data = rollout(envs, *a, **b)
+        if envs.split == "train" and len(tasks) < 4:
+            tasks.append(data["task"].clone())
+        return data
+
+    class Watched(common.run.Run):
+        def finish(self, *a):
+            modules = {part: x.state_dict() for part, x in self.parts.items()}
+            torch.save([modules, tasks, self.own["buffer"].state_dict()], f"{path}/{rank}.pt")
+            super().finish(*a)
+
+    script.rollout, script.Run = watched, Watched
+    script.main(parse(script, *words))
+
+
+def two_processes(script, path, *words):
+    """What both processes came to: models and optimisers, the tasks of their rollouts, their buffers."""
+    arguments = path, script.__name__, [str(word) for word in words]
+    torch.multiprocessing.start_processes(main_of_rank, arguments, 2, start_method="fork")
+    (path / "meet").unlink(missing_ok=True)
+    return [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
+
+
+@ALL
+def test_two_processes(script, tmp_path):
+    """They share environments and the buffer, meet other tasks, and come to the same networks, bit for bit."""
+    words = tiny(script, "--num-envs", 8, "--total-timesteps", 320, *HARD[script], "--eval-interval", 2)
+    words += ["--run-dir", tmp_path / "run"]
+    found = two_processes(script, tmp_path, *words)
+    assert same(found[0][0], found[1][0]) == []
+    assert len(found[0][1]) == 4 and not any(map(torch.equal, found[0][1], found[1][1]))
+    assert [len(tasks[0]) for _, tasks, _ in found] == [4, 4]
+    stores = [buffer["store"] for *_, buffer in found]
+    assert [len(store["rewards"]) for store in stores] == [5, 5]
+    assert (stores[0]["actions"] != stores[1]["actions"]).float().mean() > 0.3
+    state = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert state["global_step"] == 320 and same(state["agent"], found[0][0]["agent"]) == []
+    assert (tmp_path / "run" / "eval.json").exists()
+
+
+def torchrun(*words):
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", varibad.__file__, *words]
     return subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@SCRIPTS
-def test_torchrun(script, tmp_path):
-    """Two processes: other tasks in each, one set of files, four iterations straight equal two and two more."""
-    words = [*TINY, *STEADY, "--eval-interval", "2"]
-    end = torchrun(script, *words, "--run-dir", tmp_path / "a").communicate(timeout=120)[0]
+def test_torchrun(tmp_path):
+    """A signal to torchrun: both processes finish the iteration, one saves and leaves the one set of files. Two more
+    iterations from there are the same whenever they are run, and nobody else may go on with it."""
+    words = [*TINY, *STEADY, "--eval-interval", "2", "--total-timesteps", "40000000", "--run-dir", tmp_path / "a"]
+    long = torchrun(*words)
+    while not (tmp_path / "a" / "eval.json").exists():
+        assert long.poll() is None, long.communicate()[0]
+        time.sleep(0.05)
+    long.send_signal(signal.SIGTERM)
+    said = long.communicate(timeout=600)[0]
     state = torch.load(tmp_path / "a" / "checkpoint.pt")
-    assert state["global_step"] == 160, end
+    assert state["iteration"] > 1 and state["global_step"] == 40 * state["iteration"] < 40_000_000, said
+    assert {path.name for path in tmp_path.iterdir()} == {"a"} and len(state["processes"]) == 2
+    with pytest.raises(BadInput, match="saved by 2 processes, and here are 1"):
+        main(varibad, "--resume", tmp_path / "a" / "checkpoint.pt")
+
+
+def test_resume_of_two_processes(tmp_path):
+    """Two iterations, saved, and two more: bit for bit as four."""
+    two_processes(varibad, tmp_path, *TINY, *STEADY, "--eval-interval", 2, "--run-dir", tmp_path / "a")
+    end = torch.load(tmp_path / "a" / "checkpoint.pt")
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a" / "checkpoint.pt.previous", tmp_path / "b" / "checkpoint.pt")
     shutil.copy(tmp_path / "a" / "metrics.csv", tmp_path / "b")
     assert torch.load(tmp_path / "b" / "checkpoint.pt")["iteration"] == 2
-    torchrun(script, "--resume", tmp_path / "b" / "checkpoint.pt").communicate(timeout=120)
+    two_processes(varibad, tmp_path, "--resume", tmp_path / "b" / "checkpoint.pt")
     again = torch.load(tmp_path / "b" / "checkpoint.pt")
-    assert set(same(state, again)) <= {"/args/run_dir", "/args/resume", "/metrics_bytes"}
+    assert set(same(end, again)) <= OF_THE_CALL
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") and len(metrics(tmp_path / "a")) > 20
-    stores = [process["buffer"]["store"] for process in state["processes"]]
-    assert [len(store["rewards"]) for store in stores] == [5, 5]
-    assert (stores[0]["actions"] != stores[1]["actions"]).float().mean() > 0.3
-    assert (state["processes"][0]["rng"] != state["processes"][1]["rng"]).any()
-    with pytest.raises(BadInput, match="saved by 2 processes, and here are 1"):
-        script.main(script.parse_args(["--resume", str(tmp_path / "b" / "checkpoint.pt")]))
-    words += ["--total-timesteps", "4000000", "--run-dir", tmp_path / "c", "--checkpoint-interval", "0"]
-    long = torchrun(script, *words)
-    while not (tmp_path / "c" / "eval.json").exists():
-        assert long.poll() is None
-        time.sleep(0.2)
-    long.send_signal(signal.SIGTERM)
-    long.communicate(timeout=25)
-    state = torch.load(tmp_path / "c" / "checkpoint.pt")
-    assert state["iteration"] > 1 and state["global_step"] == 40 * state["iteration"] < 4_000_000
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
+    assert (end["processes"][0]["rng"] != end["processes"][1]["rng"]).any()
 
 
 # ---------- Compiled, and on a device without data ----------
 
 
-@SCRIPTS
+def compiled_run(script, folder, monkeypatch, *words, backend):
+    """A run with --compile, on a backend of torch's that is quick; how many functions were compiled."""
+    compile_, functions = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f: functions.append(f) or compile_(f, backend=backend))
+    end = run(script, folder, *words, "--compile")
+    monkeypatch.setattr(torch, "compile", compile_)
+    return end, len(functions)
+
+
+def test_compile(tmp_path, monkeypatch):
+    """With --compile: the run that it is without, to rounding. Here all is traced, gradients too; the code that is made
+    of it is in the next test."""
+    words = ["--env-id", "SparsePointRobot", "--total-timesteps", "80", "--tbptt", "0"]
+    plain = run(varibad, tmp_path / "plain", *words)
+    compiled, count = compiled_run(varibad, tmp_path / "compiled", monkeypatch, *words, backend="aot_eager")
+    for part in ("agent", "model"):
+        torch.testing.assert_close(compiled[part], plain[part], rtol=1e-4, atol=1e-5)
+    assert compiled["iteration"] == 2 and count == 4
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compile(script, tmp_path):
-    """Compiled and eager policies and encoders agree, gradients too; and a run with --compile runs."""
-    s = setup(script, "SparsePointRobot")
-    batch = random_batch(s, B=3)
-    belief = torch.randn(6, 3, sum(s.model.belief_sizes))
-    hidden = torch.randn(3, 6)
-    found = []
-    for wrap in (lambda f: f, torch.compile):
-        s.agent.zero_grad()
-        logprob, entropy, value = wrap(s.agent.forward)(batch["obs"], belief, batch["actions"])
-        (logprob + entropy + value).sum().backward()
-        gradients = [p.grad.clone() for p in s.agent.parameters() if p.grad is not None]
-        with torch.inference_mode():
-            after = wrap(s.model.step)(batch["actions"][0], batch["next_obs"][0], batch["rewards"][0], hidden)
-            action = wrap(s.agent.act)(batch["obs"][0], belief[0], True)
-            seen = wrap(s.model.belief)(hidden, True)
-        found.append([logprob.detach(), entropy.detach(), value.detach(), *gradients, after, action, seen])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
-    if script is varibad:
-        assert run(script, tmp_path, "--compile", "--total-timesteps", "80")["iteration"] == 2
+def test_compiled_code():
+    """What g++ makes of the encoder's step agrees with what it is made of."""
+    s = setup(varibad, "SparsePointRobot")
+    batch, hidden = random_batch(s, B=3), torch.randn(3, 6)
+    inputs = batch["actions"][0], batch["next_obs"][0], batch["rewards"][0], hidden
+    with torch.inference_mode():
+        expected = s.model.step(*inputs)
+        varibad.Run.compile(types.SimpleNamespace(args=types.SimpleNamespace(compile=True)), s.model, "step")
+        torch.testing.assert_close(s.model.step(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", [dme, ldm, dynamite_rl], ids=lambda module: module.__name__)
+def test_compile_of_each_script(script, tmp_path, monkeypatch):
+    """What --compile names is there, and can be traced."""
+    end, count = compiled_run(script, tmp_path, monkeypatch, "--total-timesteps", "40", backend="eager")
+    assert end["iteration"] == 1 and count >= 4
 
 
 @SCRIPTS
@@ -518,7 +655,7 @@ def test_meta_device(script, env_id, monkeypatch):
     with device:
         model = script.BeliefModel(s.args, envs)
         agent = script.Agent(s.args, 2, envs.single_action_space, model.belief_sizes)
-    monkeypatch.setattr(script, "check_finite", lambda **_: None)  # it waits, once an update, on purpose
+    monkeypatch.setattr(common.processes, "check_finite", lambda **_: None)  # it waits, once an update, on purpose
     optimizers = [torch.optim.Adam(m.parameters()) for m in (agent, model)]
     rest = [0.0] if script is dme else []
     data = script.rollout(envs, agent, model, s.args, **(dict(virtual=True) if script is dme else {}))
@@ -529,7 +666,7 @@ def test_meta_device(script, env_id, monkeypatch):
     data = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
     losses = script.ppo_update(agent, optimizers[0], data, 0.01, s.args)
     agent.obs_norm.update(data["obs"].flatten(0, 1), data["alive"].flatten())
-    buffer = script.Buffer(20)
+    buffer = script.Buffer(20, envs)
     buffer.add(data)
     losses |= script.update_belief(model, optimizers[1], buffer, *rest, s.args)
     assert {loss.device for loss in losses.values()} == {device}

@@ -15,7 +15,7 @@ from common.envs import BadInput
 from common.envs.film import drawing_context
 from common.envs.metaworld import MetaWorldEnvs, benchmark_tasks, make_sawyer
 from tests.test_belief import signals  # noqa: F401
-from tests.test_scripts import run
+from tests.test_scripts import main, run
 
 HORIZON, EPISODES = 12, 3
 FAMILIES = ["lever-pull-v3", "door-close-v3"]
@@ -60,13 +60,12 @@ def test_capture_video(renderer, tmp_path, capsys):
     """--evaluate --capture-video of a script: a film of the held-out family, of the episodes that were evaluated."""
     words = "--env-id ML1-reach --belief-warmup 0 --belief-updates 1 --tbptt 0 --eval-tasks 2"
     run(varibad, tmp_path, *words.split())
-    argv = ["--evaluate", str(tmp_path / "checkpoint.pt"), "--capture-video"]
-    varibad.main(varibad.parse_args(argv))
+    main(varibad, "--evaluate", tmp_path / "checkpoint.pt", "--capture-video")
     film = Image.open(tmp_path / "video_reach-v3.gif")
     assert film.n_frames == 2 * len([1, 5]) and "not those" not in capsys.readouterr().out
     with pytest.raises(BadInput, match="GridWorld has no camera"):
-        run(varibad, tmp_path / "grid")
-        varibad.main(varibad.parse_args(["--evaluate", str(tmp_path / "grid" / "checkpoint.pt"), "--capture-video"]))
+        run(varibad, tmp_path / "grid", "--total-timesteps", 1)
+        main(varibad, "--evaluate", tmp_path / "grid" / "checkpoint.pt", "--capture-video")
 
 
 FILM = """

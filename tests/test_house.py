@@ -1,0 +1,257 @@
+"""The house's style: what a reader may count on in every script, and in common/.
+
+python -m tests.test_house prints the names whose bodies differ between scripts, in the form of EXCEPTIONS.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+import runpy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import dme
+import dynamite_rl
+import laser
+import ldm
+import varibad
+from common.envs import FAMILIES
+from tests.test_scripts import EVERY, ROOT, preset_of
+
+SCRIPTS = [varibad, dme, ldm, dynamite_rl, laser]
+COMMON = sorted(ROOT.glob("common/**/*.py"))
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(Path(path).read_text())
+
+
+@EVERY
+def test_import_starts_nothing(script, tmp_path, monkeypatch, capfd):
+    """No output, no file, no thread, no random number."""
+    monkeypatch.chdir(tmp_path)
+    before, threads = torch.get_rng_state(), threading.active_count()
+    runpy.run_path(script.__file__, run_name=script.__name__)
+    assert torch.equal(before, torch.get_rng_state()) and threading.active_count() == threads
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+def test_ruff():
+    """Formatted and linted as .ruff.toml has it."""
+    for words in (["check", "-q"], ["format", "-q", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------- Arguments and presets ----------
+
+
+def uses(source_tree):
+    """Names of attributes that are read from `args`, or from `a`, its short name."""
+    nodes = (node for node in ast.walk(source_tree) if isinstance(node, ast.Attribute))
+    return {
+        node.attr
+        for node in nodes
+        if isinstance(node.ctx, ast.Load)
+        and (getattr(node.value, "id", "") in ("args", "a") or getattr(node.value, "attr", "") == "args")
+    }
+
+
+@EVERY
+def test_every_argument_is_documented_and_used(script):
+    """A comment beside or above each field, and `args.<field>` somewhere in the code."""
+    used = set().union(*(uses(tree(path)) for path in [script.__file__, *COMMON]))
+    found = set()
+    for group in script.Args.__mro__[:-1]:
+        lines, _ = inspect.getsourcelines(group)
+        (body,) = ast.parse("".join(lines)).body
+        for field in (node for node in body.body if isinstance(node, ast.AnnAssign)):
+            name = field.target.id
+            if group is script.Args and any(name in base.__annotations__ for base in script.Args.__mro__[1:-1]):
+                continue  # a default; the help stands where it is declared
+            found.add(name)
+            last, above = lines[field.end_lineno - 1], lines[field.lineno - 2].strip()
+            assert re.search(r"  # \S", last) or re.match(r"# .{20}", above), name
+            assert name in used, name
+    assert found == {field.name for field in dataclasses.fields(script.Args)}
+
+
+def needless(script):
+    """Entries of the script's presets that change nothing, as `name: key=value`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(script.Args)}
+    found, laid_over = [], {}  # (key, value) in SMALL -> whether it changes any environment's preset
+
+    def value_of(node):
+        return eval(compile(ast.Expression(node), script.__file__, "eval"), vars(script))
+
+    def look(node, name, extended):
+        """extended: the entries that those of `node` lie over."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            look(node.left, name, extended)
+            look(node.right, name, extended | value_of(node.left))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict":
+            for key, value in ((entry.arg, value_of(entry.value)) for entry in node.keywords):
+                if name.startswith("SMALL") and key not in extended:
+                    laid_over[key, value] = False
+                elif (defaults | extended)[key] == value:
+                    found.append(f"{name}: {key}={value}")
+        else:
+            for child in ast.iter_child_nodes(node):
+                look(child, name, extended)
+
+    for statement in tree(script.__file__).body:
+        if isinstance(statement, ast.Assign) and isinstance(vars(script)[statement.targets[0].id], dict):
+            look(statement.value, statement.targets[0].id, {})
+    for env_id, entries in getattr(script, "SMALL", {}).items():
+        preset = defaults | preset_of(script, env_id, cuda=True)
+        for entry in laid_over.keys() & entries.items():
+            laid_over[entry] |= preset[entry[0]] != entry[1]
+    return found + [f"SMALL: {key}={value}" for (key, value), changes in laid_over.items() if not changes]
+
+
+@EVERY
+def test_presets_name_only_what_differs(script):
+    """No entry equals the default of Args, or the entry of the preset that it extends."""
+    assert needless(script) == []
+    assert all(preset.keys() <= vars(script.Args()).keys() for preset in script.PRESETS.values())
+
+
+# ---------- Definitions ----------
+
+EXCEPTIONS = {}
+
+LEFT_OUT = {}
+
+
+def definitions(path):
+    found = {}
+    for node in tree(path).body:
+        for name in [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", [])]:
+            found[name] = ast.unparse(node)
+    return found
+
+
+def differences(script):
+    """Names whose body is not that of the first script that has one of this name."""
+    before = SCRIPTS[: SCRIPTS.index(script)]
+    first = {name: body for other in reversed(before) for name, body in definitions(other.__file__).items()}
+    return {name for name, body in definitions(script.__file__).items() if name in first and first[name] != body}
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda module: module.__name__)
+def test_shared_definitions_are_identical(script):
+    """What has one name in two scripts has one body, unless it is the paper's; and the exceptions do differ."""
+    assert differences(script) == EXCEPTIONS[script].keys()
+    assert definitions(varibad.__file__).keys() - definitions(script.__file__).keys() == LEFT_OUT[script]
+
+
+NAMESAKES = {
+    "main": "of plot.py, its command line",
+    "draw_mixture": "of plot.py, a picture of DME's components; of ldm.py, roles and weights of workers",
+}
+
+
+def test_what_is_common_stands_once():
+    """No script defines what common/ defines."""
+    shared = set().union(*(definitions(path) for path in ROOT.glob("common/*.py"))) - NAMESAKES.keys()
+    assert len(shared) > 50
+    for script in SCRIPTS:
+        twice = definitions(script.__file__).keys() & shared
+        assert not twice, f"{script.__name__}: {twice}"
+
+
+def test_functions_fit_on_a_screen():
+    """At most 60 lines, `main` of a script 90."""
+    for path in [*(Path(script.__file__) for script in SCRIPTS), *COMMON]:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef):
+                most = 90 if node.name == "main" and path.parent == ROOT else 60
+                assert node.end_lineno - node.lineno < most, f"{path.name}: {node.name}"
+
+
+# ---------- Imports ----------
+
+BACK_ENDS = {f"common.envs.{name}" for name in ("film", "mujoco_batch", "sessions", "workers")}
+FAMILY_FILES = {factory.split(":")[0] for factory in FAMILIES.values()} | {"common.envs.metaworld"}
+
+
+def layer(module):
+    """The place in the order protocol <- back ends <- families <- make_envs <- run <- scripts."""
+    if module == "common.envs.protocol":
+        return 0
+    if module in BACK_ENDS:
+        return 1
+    if module in FAMILY_FILES:
+        return 2
+    if module == "common.envs":
+        return 3
+    if module == "common.run":
+        return 5
+    return 4 if re.fullmatch(r"common\.[a-z]+", module) else 6
+
+
+@functools.cache
+def imports():
+    """Module -> the modules of common/, and the scripts, that it imports, anywhere."""
+    files = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in COMMON}
+    files = {path: name.removesuffix(".__init__") for path, name in files.items() if name != "common.__init__"}
+    files |= {Path(script.__file__): script.__name__ for script in SCRIPTS}
+    found = {name: set() for name in files.values()}
+    for path, name in files.items():
+        for node in ast.walk(tree(path)):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            found[name] |= set(names) & found.keys()
+    return found
+
+
+def test_order_of_imports():
+    """Nobody imports from above, and nobody in a circle; every file of environments has a place."""
+    found = imports()
+    assert {layer(name) for name in found if name.startswith("common.envs")} == {0, 1, 2, 3}
+    for name, others in found.items():
+        for other in others:
+            assert layer(other) <= layer(name), f"{name} imports {other}"
+            assert layer(other) < 6, f"{name} imports {other}, a script"
+    done = set()
+    while len(done) < len(found):
+        free = {name for name, others in found.items() if name not in done and others <= done}
+        assert free, f"a circle among {found.keys() - done}"
+        done |= free
+
+
+def test_importing_environments_is_light():
+    """Neither MuJoCo nor Meta-World, nor torch, which a worker has no use for."""
+    code = "import sys, common.envs, common.envs.protocol, common.envs.workers; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"mujoco", "metaworld", "torch"} & set(done.stdout.split())
+    assert "common.envs.workers" in done.stdout.split()
+
+
+# ---------- README ----------
+
+
+def test_readme():
+    """Short enough to scan: at most 260 lines, no cell of a table above 160 characters."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 260
+    cells = [cell.strip() for line in lines if line.startswith("|") for cell in line.strip("|").split("|")]
+    assert len(cells) > 50 and not [cell for cell in cells if len(cell) > 160]
+
+
+if __name__ == "__main__":
+    for script in SCRIPTS[1:]:
+        print(f"EXCEPTIONS[{script.__name__}]: {', '.join(sorted(differences(script)))}")
+        left_out = definitions(varibad.__file__).keys() - definitions(script.__file__).keys()
+        print(f"LEFT_OUT[{script.__name__}]: {', '.join(sorted(left_out))}")
