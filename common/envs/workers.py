@@ -234,7 +234,7 @@ class _Worker:
     def obituary(self):
         """Why the socket ended."""
         try:
-            status = self.process.wait(timeout=2)
+            status = self.process.wait(self.timeout)
         except subprocess.TimeoutExpired:
             return "the worker process closed its connection"
         if status < 0:
