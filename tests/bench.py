@@ -1,5 +1,7 @@
 """What things cost here, as ratios measured in one run: python -m tests.bench [NAME ...] [--seconds 60]
 
+`scripts --against FOLDER` compares the scripts with those of another checkout.
+
 The contestants take turns, round by round, and a ratio is the median of the rounds' ratios: what else the machine does
 meets all of them. For numbers to quote, let it do nothing else.
 """
@@ -231,8 +233,22 @@ def bench_mujoco(seconds, num_envs=16, horizon=200):
         pipe.send(None)
 
 
-def bench_scripts(seconds):
-    """Training steps/s of each script with its preset, evaluation aside, and where an iteration's time goes."""
+def train(root, script, env_id, words, steps):
+    """A training run of a checkout's script, evaluation aside: key of metrics.csv -> its values."""
+    rows = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, script, "--env-id", env_id, *words, "--total-timesteps", str(steps)]
+        command += ["--eval-interval", "-1", "--run-dir", folder]
+        subprocess.run(command, check=True, capture_output=True, cwd=root)
+        with open(f"{folder}/metrics.csv") as file:
+            for _, key, value in list(csv.reader(file))[1:]:
+                rows[key].append(float(value))
+    return rows
+
+
+def bench_scripts(seconds, against=None):
+    """Training steps/s of each script with its preset, evaluation aside, and where an iteration's time goes; against
+    another checkout: of both, in turn, three times."""
     jobs = [*itertools.product(("varibad.py", "dme.py"), ("GridWorld", "SparsePointRobot", "ML10"))]
     jobs += [("varibad.py", "HalfCheetahVel"), ("ldm.py", "GridWorldLDM"), ("ldm.py", "HalfCheetahVel")]
     table_2 = (  # of DynaMITE-RL, in place of the preset's
@@ -245,17 +261,19 @@ def bench_scripts(seconds):
     jobs += [("laser.py", "MEWA", "--oracle-context")]
     for script, env_id, *words in jobs:
         steps = 60_000 if env_id == "ML10" else round(seconds / 6 * 10_000)  # of ML10, five iterations
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, script, "--env-id", env_id, *words, "--total-timesteps", str(steps)]
-            subprocess.run([*command, "--eval-interval", "-1", "--run-dir", folder], check=True, capture_output=True)
-            rows = defaultdict(list)
-            with open(f"{folder}/metrics.csv") as file:
-                for _, key, value in list(csv.reader(file))[1:]:
-                    rows[key].append(float(value))
-        share = [(k, rows[f"time/{k}"]) for k in ("env", "rollout", "belief", "ppo") if f"time/{k}" in rows]
-        text = ", ".join(f"{name} {statistics.median(values):.0%}" for name, values in share)
+        rounds = [[train(root, script, env_id, words, steps) for root in (".", against) if root]]
+        while against and len(rounds) < 3:
+            rounds.append([train(root, script, env_id, words, steps) for root in (".", against)])
+        rates = [[rows["charts/SPS"][-1] for rows in each] for each in rounds]
+        ours, *theirs = (statistics.median(column) for column in zip(*rates))
+        rows = rounds[0][0]
+        parts = [(k, rows[f"time/{k}"]) for k in ("env", "rollout", "belief", "ppo") if f"time/{k}" in rows]
+        text = ", ".join(f"{name} {statistics.median(values):.0%}" for name, values in parts)
+        if against:
+            ratio = statistics.median(a / b for a, b in rates)
+            text = f"there {theirs[0]:,.0f}, here / there {ratio:.2f}; {text}"
         print(
-            f"{' '.join((script, '--env-id', env_id, *words))}: {rows['charts/SPS'][-1]:,.0f} steps/s; {text} "
+            f"{' '.join((script, '--env-id', env_id, *words))}: {ours:,.0f} steps/s; {text} "
             "(environments are part of the rollout)",
             flush=True,
         )
@@ -265,7 +283,7 @@ def bench_gru(seconds):
     """Forwards and backwards through nn.GRU and through ours, in turn, one thread: a ratio for each size."""
     import torch
 
-    from common.gru import GRU
+    from common.networks import GRU
 
     torch.set_num_threads(1)
 
@@ -332,6 +350,8 @@ def bench_cuda(seconds):
     from torch.profiler import ProfilerActivity, profile
 
     import varibad
+    from common.arguments import parse_args
+    from common.envs import make_envs
 
     if not torch.cuda.is_available():
         print("cuda: this PyTorch sees no CUDA device")
@@ -348,8 +368,10 @@ def bench_cuda(seconds):
         shares = [f"{k} {statistics.median(v for _, v in rows[f'time/{k}']):.0%}" for k in ("rollout", "belief", "ppo")]
         rate = (s2 - s1) / (s2 / r2 - s1 / r1)  # SPS counts from the start: this is of the second half
         print(f"cuda: {num_envs} environments {' '.join(flags)}: {rate:,.0f} steps/s; {', '.join(shares)}", flush=True)
-    args = varibad.parse_args(["--env-id", "GridWorld", "--cuda", "--num-envs", "4096"])
-    envs = varibad.make_args_envs(args, 4096, "train", torch.device("cuda"))
+    words = ["--env-id", "GridWorld", "--cuda", "--num-envs", "4096"]
+    args = parse_args(varibad.Args, varibad.PRESETS, varibad.SMALL, words)
+    envs = make_envs("GridWorld", 4096, device="cuda")
+    args.horizon, args.episodes_per_task = envs.horizon, envs.episodes_per_task
     model = varibad.BeliefModel(args, envs).cuda()
     agent = varibad.Agent(args, 2, envs.single_action_space, model.belief_sizes).cuda()
     for _ in range(2):
@@ -381,9 +403,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="all, if none is named")
     parser.add_argument("--seconds", type=float, default=40, help="of measuring, for each; making things comes on top")
+    parser.add_argument("--against", metavar="FOLDER", help="another checkout, to compare the scripts with")
     args = parser.parse_args()
     for name in args.which or BENCHMARKS:
-        BENCHMARKS[name](args.seconds)
+        BENCHMARKS[name](args.seconds, **(dict(against=args.against) if args.against and name == "scripts" else {}))
 
 
 if __name__ == "__main__":
