@@ -9,143 +9,116 @@ knowing by heart where rewards are.
 Shapes: T steps of a meta-episode, N environments (workers), n of them normal, B batch, S observation, A action,
 Z latent, D hidden; time-major.
 
-    python ldm.py --env-id GridWorldLDM             # every preset is a default: --help shows it
-    python ldm.py --env-id GridWorldLDM --num-mixture-workers 0    # RL2
-    python ldm.py --resume runs/.../checkpoint.pt
-    python ldm.py --evaluate runs/.../checkpoint.pt
+    python ldm.py                                   # the paper's grid, GridWorldLDM; --help shows every preset
+    python ldm.py --num-mixture-workers 0           # RL2: the same policy, nothing imagined
+    python ldm.py --env-id HalfCheetahVel
 
 Section of the paper                                             function
-    3.1 policy with encoder-p, trained end to end                Agent, BeliefEncoder, a2c_update, ppo_update
+    3.1 policy: encoder-p, its belief b_t, actor and critic      BeliefEncoder, Agent
+        trained end to end by A2C or PPO                         gae, a2c_update, ppo_update
     3.2 latent dynamics network: encoder-v, reward decoder       BeliefModel, Decoder, reconstruction, elbo
     3.3 (1) mixture weights alpha, mixed latent m^               draw_mixture, mix
-    3.3 imaginary reward r^ = decoder(m^, s')                    imagine, rollout
-    3.3 dropout of the decoder's inputs                          Decoder
-    3.4 roles and weights, fixed for a meta-episode              draw_mixture, train
+        imaginary reward r^ = decoder(m^, s')                    imagine, rollout
+        dropout of the decoder's inputs                          Decoder
+    3.4 an iteration: new tasks, roles and weights               main
+
+Where this leaves the paper, and the authors' code
+    KL weight: that of a summed ELBO, as in the text, so 1 / 120 on the grid and 50 / 401 / 400 on MuJoCo. The authors'
+    code has a mean over the decoded transitions: in our means, 1 and 50 / 401.
+    Encoder-p reads the state that is acted on: after an episode's end the next one's first, without a flag (theirs:
+    the last one, with a flag).
+    The buffer holds the last meta-episodes (theirs takes no more once it has seen as many as it holds).
+    MuJoCo: an iteration has 400 steps (theirs 200), so twice the minibatches and belief updates; credit flows between
+    episodes; inputs of the belief model are standardised; the policy's observations are normalised once an iteration,
+    not clipped; control costs are those of clipped actions; HalfCheetahVel's policy sees the state (theirs does not).
+    --decode cells or shared and --elbo-terms save decoding: the same loss in expectation, with dropout shared.
+    --mix-dimensions: weights for each dimension of m, as in their code; the default is (1).
 """
 
-import argparse
-import contextlib
-import csv
-import json
 import math
-import os
-import shutil
-import signal
-import sys
 import time
-from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from torch import nn
 from torch.distributions import Normal
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from common.envs import SPLITS, BadInput, make_envs
-from common.envs.workers import WorkerError
-from common.gru import GRU
+from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experiment, Fraction, Layers, refuse
+from common.envs import BadInput
+from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_mixed_tasks, draw_returns
+from common.processes import all_sum, check_finite, descend, ranks, share
+from common.rollouts import outcomes, records
+from common.run import Run, start
 
-SCRIPT = Path(__file__).stem
-LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen
-PARTS = ("agent", "model", "optimizer", "belief_optimizer")  # what a checkpoint holds beside counters and `processes`
-
-
-# ---------- 3. Arguments and presets ----------
+# ---------- 1. Arguments ----------
 
 
 @dataclass
-class Args:
-    # experiment
-    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, MEWA, HalfCheetahVel, HalfCheetahDir, AntDir,
-    # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating,
-    # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
-    env_id: str = "GridWorldLDM"
-    seed: int = 1  # of tasks, networks and actions
-    cuda: bool = False  # train on the GPU, with the paper's sizes and steps where a CPU's preset has its own
-    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
-    total_timesteps: int = 100_000_000  # environment steps, summed over environments
-    num_envs: int = 16  # environments stepped together (N)
-    horizon: int = 30  # steps of an episode (H); 0 = the environment's own
-    episodes_per_task: int = 4  # episodes of a meta-episode (K), which is an iteration; 0 = the environment's own
-    eval_interval: int = 500  # iterations between evaluations; 0 = only at the end; negative = never
-    eval_tasks: int = 0  # evaluation tasks per family, the first ones; 0 = all
-    checkpoint_interval: int = 500  # iterations between checkpoints; 0 = only at the end
-    run_dir: str = ""  # folder of this very run; empty = runs/<env>__<script>__<seed>__<time>
-    resume: str = ""  # checkpoint to continue from, with its arguments; those given beside it override
-    evaluate: str = ""  # checkpoint to evaluate: prints the results and writes eval.json beside it, trains nothing
-    eval_sample: bool = False  # evaluate with sampled actions and latents in place of the most likely ones
-    capture_video: bool = False  # with --evaluate: a film of one held-out task of each family (Meta-World, ScratchItch)
-    compile: bool = False  # torch.compile the networks of the rollout and of PPO; the first iteration takes a minute
-    reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
-    split_rule: Literal["varibad", "ldm"] = "ldm"  # MuJoCo: train = test, or LDM's disjoint sets (its Table 1)
-    sessions: int = 0  # sessions of an episode, where the environment has them; 0 = the environment's own
-    session_process: Literal["", "fixed", "poisson", "bernoulli"] = ""  # their lengths; empty = the environment's own
+class PPO:
+    """The policy and its update, A2C's or PPO's."""
 
-    # A2C, PPO
     # a2c: one step on the whole rollout, of RMSprop for actor and critic and of Adam for encoder-p (the authors' grid);
     # ppo: minibatches of whole windows, Adam for all (their MuJoCo). Both go through encoder-p, from the end of a
     # meta-episode, or of a window, to its start.
     rl: Literal["a2c", "ppo"] = "a2c"
-    learning_rate: float = 7e-4  # step size for actor, critic and encoder-p
+    learning_rate: Above0 = 7e-4  # step size for actor, critic and encoder-p
     anneal_lr: bool = False  # let it fall linearly to 0
-    gamma: float = 0.95  # discount per step, over the whole meta-episode
-    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    gamma: Fraction = 0.95  # discount per step, over the whole meta-episode
+    gae_lambda: Fraction = 0.95  # lambda of the generalised advantage estimate
     # task: the end of a meta-episode bootstraps from its last state; terminal: its value is 0 (variBAD's code, grid);
     # episode: no credit flows from one episode to the next (variBAD's code, elsewhere).
     time_limit: Literal["task", "terminal", "episode"] = "task"
-    update_epochs: int = 2  # PPO: passes over an iteration's steps
-    num_minibatches: int = 4  # PPO: gradient steps per pass, each on some meta-episodes or windows
-    clip_coef: float = 0.05  # PPO: epsilon of the clipped ratio and value
-    ent_coef: float = 0.1  # weight of the entropy bonus at the start
-    ent_coef_end: float = 0.1  # and at the end: linear in between
-    vf_coef: float = 0.5  # weight of the value loss
+    update_epochs: Count = 2  # PPO: passes over an iteration's steps
+    num_minibatches: Count = 4  # PPO: gradient steps per pass, each on some meta-episodes or windows
+    clip_coef: Above0 = 0.05  # PPO: epsilon of the clipped ratio and value
+    ent_coef: AtLeast0 = 0.1  # weight of the entropy bonus at the start
+    ent_coef_end: AtLeast0 = 0.1  # and at the end: linear in between
+    vf_coef: AtLeast0 = 0.5  # weight of the value loss
     # huber: variBAD's code, clipped values; mse: 1/2 squared error. A2C's is the squared error (the authors' code).
     value_loss: Literal["huber", "mse"] = "huber"
-    max_grad_norm: float = 0.5  # clip of the gradient's norm, of actor and critic and of encoder-p; 0 = off
+    max_grad_norm: AtLeast0 = 0.5  # clip of the gradient's norm, of actor and critic and of encoder-p; 0 = off
     norm_reward: bool = False  # divide the policy's rewards by the deviation of the discounted return, clip at 10
-    policy_layers: tuple[int, ...] = (32,)  # hidden layers (tanh) of actor and critic
-    policy_latent_dim: int = 32  # encoder-p's latent: the policy sees a mean and a log-variance, each of this dimension
+    policy_layers: Layers = (32,)  # hidden layers (tanh) of actor and critic
+    policy_latent_dim: Count = 32  # encoder-p's latent: the policy sees a mean and a log-variance of this dimension
     policy_state: bool = False  # the policy sees the state beside them
     # PPO: windows that a meta-episode is divided into. Encoder-p enters each with the hidden state that the rollout had
     # there, and no gradient goes beyond it. In the authors' code a window is one of their iterations.
-    ppo_windows: int = 1
+    ppo_windows: Count = 1
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
     # that nothing tells the few training tasks by where things happen to stand (ours).
-    obs_shift: float = 0.0
-    std_init: float = 1.0  # deviation of a continuous action at the start
-    std_min: float = 0.01  # its lower bound, reached softly
-    std_max: float = 2.0  # its upper bound
+    obs_shift: AtLeast0 = 0.0
+    std_init: Above0 = 1.0  # deviation of a continuous action at the start
+    std_min: Above0 = 0.01  # its lower bound, reached softly
+    std_max: Above0 = 2.0  # its upper bound
 
-    # belief model
-    no_belief: bool = False  # the state alone, without encoder-p: the floor; nothing is imagined
+
+@dataclass
+class Belief:
+    """The latent dynamics network and its update; the sizes of encoder-p, too."""
+
+    belief: bool = True  # off: the state alone, without encoder-p: the floor; nothing is imagined
     oracle_context: bool = False  # the state and the true task, without encoder-p: the ceiling; nothing is imagined
-    belief_learning_rate: float = 1e-3  # Adam's step size for encoder-v and decoders
+    belief_learning_rate: Above0 = 1e-3  # Adam's step size for encoder-v and decoders
     belief_anneal_lr: bool = False  # let it fall linearly to 0, so that the belief settles (ours)
-    belief_updates: int = 2  # gradient steps per iteration
-    belief_batch: int = 25  # meta-episodes per gradient step (B)
-    belief_max_grad_norm: float = 0.0  # clip of the gradient's norm, for each of encoder and decoders; 0 = off
-    buffer_size: int = 100_000  # meta-episodes kept for the belief model; as many as --num-envs: on-policy
-    buffer_add: float = 1.0  # probability that a normal worker's meta-episode is kept
-    precollect: int = 0  # steps before the first gradient step; the policy waits for the second iteration too
-    action_embed: int = 0  # embedding of the action in both encoders and the decoders; 0 = not an input
-    state_embed: int = 32  # embedding of the state
-    reward_embed: int = 8  # embedding of the reward (encoders)
-    hidden_dim: int = 128  # units of each encoder's GRU (D)
-    latent_dim: int = 32  # dimension of the latent m (Z)
-    tbptt: int = 0  # encoder-v: steps of a window of truncated back-propagation through time; 0 = whole meta-episode
-    elbo_terms: int = 0  # posteriors drawn per meta-episode; 0 = all
-    decode_terms: int = 0  # transitions drawn per meta-episode; 0 = all
-    # Transitions that m_t decodes: all of the meta-episode (the paper), those to come, those to come in this episode.
-    decode_window: Literal["all", "future", "episode"] = "all"
+    belief_updates: Count0 = 2  # gradient steps per iteration
+    belief_batch: Count = 25  # meta-episodes per gradient step (B)
+    belief_max_grad_norm: AtLeast0 = 0.0  # clip of the gradient's norm, for each of encoder and decoders; 0 = off
+    buffer_size: Count = 100_000  # meta-episodes kept for the belief model; as many as --num-envs: on-policy
+    buffer_add: Fraction = 1.0  # probability that a normal worker's meta-episode is kept
+    precollect: Count0 = 0  # steps before the first gradient step; the policy waits for the second iteration too
+    action_embed: Count0 = 0  # embedding of the action in both encoders and the decoders; 0 = not an input
+    state_embed: Count = 32  # embedding of the state
+    reward_embed: Count = 8  # embedding of the reward (encoders)
+    hidden_dim: Count = 128  # units of each encoder's GRU (D)
+    latent_dim: Count = 32  # dimension of the latent m (Z)
+    tbptt: Count0 = 0  # encoder-v: steps of a window of truncated back-propagation through time; 0 = whole meta-episode
+    elbo_terms: Count0 = 0  # posteriors drawn per meta-episode; 0 = all
+    decode_terms: Count0 = 0  # transitions drawn per meta-episode; 0 = all
     # One Bernoulli of (m, s') (grids; the paper's single head), the squared error of the reward of (m, s, a, s') or of
     # (m, s'), or a Bernoulli per grid cell, of m alone (multihead, as variBAD's: then dropout has nothing to drop).
     reward_decoder: Literal["bernoulli", "mlp", "mlp-next", "multihead"] = "bernoulli"
@@ -154,265 +127,78 @@ class Args:
     # posteriors; cells: once for each posterior and visited cell, a cell's dropout the same for all posteriors
     # (bernoulli alone, else as shared).
     decode: Literal["all", "cells", "shared"] = "cells"
-    decoder_layers: tuple[int, ...] = (32, 32)  # hidden layers (ReLU) of each decoder
-    decoder_dropout: float = 0.7  # dropout on the decoders' embeddings of s, a, s' (not on m), imagining too
-    reward_coef: float = 1.0  # weight of the reward's reconstruction
-    state_coef: float = 0.0  # weight of the state's reconstruction; 0 = no state decoder
-    # Weight of the KL. Every term of the ELBO is a mean here (over B, posteriors, transitions), so this is the authors'
-    # effective weight (1) over the number of decoded transitions.
-    kl_coef: float = 1 / 120
+    decoder_layers: Layers = (32, 32)  # hidden layers (ReLU) of each decoder
+    decoder_dropout: Dropout = 0.7  # dropout on the decoders' embeddings of s, a, s' (not on m), imagining too
+    reward_coef: AtLeast0 = 1.0  # weight of the reward's reconstruction
+    state_coef: AtLeast0 = 0.0  # weight of the state's reconstruction; 0 = no state decoder
+    # Weight of the KL. Every term of the ELBO is a mean here (over B, posteriors, transitions), so this is the weight
+    # in a summed ELBO (the paper's text) over the number of decoded transitions; the authors' code has a mean of these.
+    kl_coef: AtLeast0 = 1 / 120
     kl_to_prior: bool = False  # KL of each posterior to N(0, I) (authors' option), not to the posterior before (paper)
     standardise_inputs: bool = False  # standardise the inputs of encoders and decoders (ours); the grid's are raw
 
-    # LDM
+
+@dataclass
+class LDM:
+    """Imaginary tasks."""
+
     oracle: bool = False  # train on the split "all", with the tasks of the evaluation: the paper's oracles
-    num_mixture_workers: int = 2  # environments whose rewards are imagined; 0 = RL2, without a latent dynamics network
-    beta: float = 1.0  # (1): the weights are beta * Dirichlet(1, .., 1) - (beta - 1) / n; above 1 they extrapolate
+    num_mixture_workers: Count0 = 2  # environments whose rewards are imagined; 0 = RL2, no latent dynamics network
+    beta: AtLeast0 = 1.0  # (1): the weights are beta * Dirichlet(1, .., 1) - (beta - 1) / n; above 1 they extrapolate
     mix_dimensions: bool = False  # other weights in each dimension of m (the authors' code), not the same (paper)
 
 
-# The authors' hyper-parameters, from the configurations of their code; Args' defaults are those of GridWorldLDM.
-LOCOMOTION = dict(  # an iteration is a meta-episode of 400 steps, theirs 200: here twice the minibatches and updates
-    total_timesteps=200_000_000, horizon=200, episodes_per_task=2, eval_interval=250, checkpoint_interval=250, rl="ppo",
-    num_minibatches=8, belief_updates=4, ppo_windows=2,
-    gamma=0.97, gae_lambda=0.9, ent_coef=0.01, ent_coef_end=0.01, norm_reward=True, policy_layers=(128,),
-    policy_latent_dim=128, policy_state=True, belief_batch=10, buffer_size=10_000, action_embed=16, reward_embed=16,
-    latent_dim=5, elbo_terms=50, decode_terms=50, reward_decoder="mlp", decode="shared", decoder_layers=(64, 32),
-    decoder_dropout=0.5,
-    kl_coef=50 / 401 / 400,  # their KL counts 50 of the 401 posteriors, their reconstruction all, with 400 decoded each
-    standardise_inputs=True,
-)  # fmt: skip
-PRESETS = {
-    "GridWorld": dict(total_timesteps=20_000_000, horizon=15, time_limit="terminal", kl_coef=1 / 60),
-    "GridWorldLDM": dict(time_limit="terminal"),
-    "GridWorldExtrapolation": dict(time_limit="terminal", decoder_dropout=0.5),
-    "SparsePointRobot": LOCOMOTION | dict(
-        total_timesteps=50_000_000, horizon=100, episodes_per_task=3, gamma=0.99, reward_decoder="mlp-next",
-        ppo_windows=1, kl_coef=1 / 300,
-    ),
-    "HalfCheetahVel": LOCOMOTION | dict(
-        total_timesteps=50_000_000, clip_coef=0.1, belief_updates=2, num_mixture_workers=4,
-    ),
-    "HalfCheetahDir": LOCOMOTION | dict(split_rule="varibad"),  # not one of the paper's: two tasks, to train and test
-    "AntDir": LOCOMOTION | dict(buffer_add=0.8),
-    "AntGoal": LOCOMOTION | dict(num_minibatches=2, policy_state=False, latent_dim=10, beta=2.0),
-    "HopperMass": LOCOMOTION | dict(  # not one of the paper's
-        total_timesteps=10_000_000, horizon=400, episodes_per_task=4, eval_interval=25, checkpoint_interval=25,
-        eval_tasks=30, gamma=0.99, ppo_windows=4, latent_dim=10, kl_coef=50 / 1601 / 1600,
-    ),
-}  # fmt: skip
-YOUR_OWN = PRESETS["SparsePointRobot"] | dict(horizon=0, episodes_per_task=0)  # for package.module:factory
-SMALL = {}  # nothing less without a GPU
-
-
-def parse_args(argv=None):
-    """The command line over the arguments saved in --resume or --evaluate, else over the preset of --env-id."""
-    argv = sys.argv[1:] if argv is None else argv
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env-id", "--env_id", default=Args.env_id)
-    early.add_argument("--cuda", action="store_true")
-    early.add_argument("--resume", default="")
-    early.add_argument("--evaluate", default="")
-    known = early.parse_known_args(argv)[0]
-    path = known.resume or known.evaluate
-    if path:
-        defaults = load_checkpoint(path)["args"] | dict(resume="", evaluate="", run_dir=str(Path(path).parent))
-    else:
-        name = known.env_id.removesuffix("-v2").removesuffix("-v3")
-        family = name.split("-")[0]
-        small = {} if known.cuda else SMALL.get(name, SMALL.get(family, {}))
-        defaults = PRESETS.get(family, YOUR_OWN) | small
-    return tyro.cli(Args, args=argv, default=Args(**defaults))
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
+@dataclass
+class Args(LDM, Belief, PPO, Experiment):
+    env_id: str = "GridWorldLDM"
+    total_timesteps: Count = 100_000_000
+    split_rule: Literal["varibad", "ldm"] = "ldm"
 
 
 def check_args(args):
-    """BadInput for the first argument that makes no sense, or for two that do not fit."""
-    for name in (
-        "total_timesteps num_envs update_epochs num_minibatches ppo_windows belief_batch buffer_size "
-        "state_embed reward_embed hidden_dim latent_dim policy_latent_dim learning_rate belief_learning_rate "
-        "std_min std_init clip_coef"
-    ).split():
-        if not 0 < getattr(args, name) < math.inf:
-            raise BadInput(f"{flag(name)} must be above 0, not {getattr(args, name)}")
-    for name in (
-        "seed eval_tasks checkpoint_interval ent_coef ent_coef_end vf_coef max_grad_norm belief_updates precollect "
-        "obs_shift horizon episodes_per_task sessions "
-        "belief_max_grad_norm action_embed tbptt elbo_terms decode_terms reward_coef state_coef kl_coef "
-        "num_mixture_workers beta"
-    ).split():
-        if not 0 <= getattr(args, name) < math.inf:
-            raise BadInput(f"{flag(name)} must not be below 0, and finite: not {getattr(args, name)}")
-    for name, below in dict(gamma=1.0, gae_lambda=1.0, decoder_dropout=0.999, buffer_add=1.0).items():
-        if not 0 <= getattr(args, name) <= below:
-            raise BadInput(f"{flag(name)} must lie in [0, {below}], not {getattr(args, name)}")
-    for name in ("policy_layers", "decoder_layers"):
-        if not getattr(args, name) or min(getattr(args, name)) < 1:
-            raise BadInput(f"{flag(name)} must be one or more positive sizes, not {getattr(args, name)}")
-    if args.num_envs % ranks() or args.belief_batch < ranks():
-        raise BadInput(
-            f"--num-envs {args.num_envs}, --belief-batch {args.belief_batch}: {ranks()} processes cannot share them"
-        )
-    if 0 < args.num_mixture_workers < ranks():
-        raise BadInput(f"--num-mixture-workers {args.num_mixture_workers}: {ranks()} processes cannot share them")
-    if args.num_mixture_workers and args.num_envs // ranks() - -(-args.num_mixture_workers // ranks()) < 2:
-        raise BadInput(
-            f"--num-mixture-workers {args.num_mixture_workers} leaves fewer than 2 of --num-envs {args.num_envs} to mix"
-        )
-    steps = args.horizon * args.episodes_per_task
-    if args.tbptt and steps > args.tbptt and steps % args.tbptt:
-        raise BadInput(f"--tbptt {args.tbptt} does not divide the {steps} steps of a meta-episode")
-    if steps % args.ppo_windows:
-        raise BadInput(f"--ppo-windows {args.ppo_windows} does not divide the {steps} steps of a meta-episode")
-    if args.rl == "ppo" and args.num_envs // ranks() * args.ppo_windows % args.num_minibatches:
-        raise BadInput(
-            f"--num-minibatches {args.num_minibatches} does not divide --num-envs {args.num_envs // ranks()} (of each "
-            f"process) times --ppo-windows {args.ppo_windows}"
-        )
-    if args.buffer_size < args.num_envs:
-        raise BadInput(f"--buffer-size {args.buffer_size} is below --num-envs {args.num_envs}: no iteration fits")
-    if not args.std_min < args.std_init < args.std_max < math.inf:
-        raise BadInput(f"--std-init {args.std_init} must lie inside --std-min {args.std_min}, --std-max {args.std_max}")
-    if args.seed >= 2**32:  # PyTorch's generator reads no more of it
-        raise BadInput(f"--seed must be below 2**32, not {args.seed}")
-    if args.resume and args.evaluate:
-        raise BadInput("--resume and --evaluate exclude each other")
-    if args.capture_video and not args.evaluate:
-        raise BadInput("--capture-video goes with --evaluate")
-    if args.evaluate and ranks() > 1:
-        raise BadInput("--evaluate is for one process")
-    if args.no_belief and args.oracle_context:
-        raise BadInput("--no-belief and --oracle-context exclude each other")
-    if args.cuda and not torch.cuda.is_available():
-        raise BadInput("--cuda: this PyTorch sees no CUDA device")
-    if args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-        raise BadInput(f"--cuda: more processes than the {torch.cuda.device_count()} CUDA devices")
+    """BadInput for arguments that do not fit each other."""
+    T, N, count = args.horizon * args.episodes_per_task, args.num_envs // ranks(), args.num_mixture_workers
+    refuse(
+        (args.belief_batch < ranks(), f"--belief-batch {args.belief_batch}: {ranks()} processes cannot share it"),
+        (0 < count < ranks(), f"--num-mixture-workers {count}: {ranks()} processes cannot share them"),
+        (
+            count and N - math.ceil(count / ranks()) < 2,
+            f"--num-mixture-workers {count} leaves fewer than 2 of --num-envs {args.num_envs} to mix",
+        ),
+        (T % args.ppo_windows, f"--ppo-windows {args.ppo_windows} does not divide the {T} steps of a meta-episode"),
+        (
+            args.rl == "ppo" and N * args.ppo_windows % args.num_minibatches,
+            f"--num-minibatches {args.num_minibatches} does not divide --num-envs {N} (of each process) times "
+            f"--ppo-windows {args.ppo_windows}",
+        ),
+    )
 
 
 def imagines(args):
     """Whether there are mixture workers, and so a latent dynamics network to learn; there are none in RL2."""
-    return args.num_mixture_workers > 0 and not (args.no_belief or args.oracle_context)
+    return args.num_mixture_workers > 0 and args.belief and not args.oracle_context
 
 
-# ---------- 3b. Several processes (torchrun), and finite numbers ----------
-
-
-def ranks():
-    """The number of processes: torchrun's, each with its share of the environments, the buffer and the batches."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def leads():
-    """Whether this process is the one that evaluates and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def share(n):
-    """This process's part of n things."""
-    return (n + dist.get_rank()) // ranks() if dist.is_initialized() else n
-
-
-def all_sum(x):
-    """The sum of x over all processes. Losses are sums whose weights add up to 1 over all of them: so are gradients."""
-    if dist.is_initialized():
-        x = x.detach().clone()
-        dist.all_reduce(x)
-    return x
-
-
-def check_finite(**tensors):
-    """FloatingPointError, in all processes, that names the first of the tensors with a NaN or an infinity in any."""
-    bad = all_sum(torch.stack([~torch.isfinite(tensor).all() for tensor in tensors.values()]).int()).tolist()
-    for name, count in zip(tensors, bad):
-        if count:
-            raise FloatingPointError(f"{name.replace('_', ' ')} is not finite")
-
-
-def descend(optimizer, loss, parts, max_norm, name):
-    """A step down the gradient summed over processes, its norm clipped in each of the parts; 0 = not clipped.
-
-    Raises FloatingPointError, before the step, where the loss or the gradient is not finite.
-    """
-    optimizer.zero_grad()
-    loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if dist.is_initialized():
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(grad.view_as(p))
-    norms = [nn.utils.clip_grad_norm_(part.parameters(), max_norm or math.inf) for part in parts]
-    check_finite(**{f"{name}_loss": loss.detach(), f"{name}_gradient_norm": torch.stack(norms)})
-    optimizer.step()
-
-
-# ---------- 4. Networks ----------
-
-
-class RunningNorm(nn.Module):
-    """Standardises by the mean and deviation of all rows so far (Welford's merge); before the first, does nothing."""
-
-    def __init__(self, size, min_std=1e-4):
-        super().__init__()
-        self.min_std = min_std
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("var", torch.ones(size))
-        self.register_buffer("std", torch.ones(size))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(self, rows, alive):
-        """rows (B, size), of which those count where alive (B,)."""
-        count = all_sum(alive.sum())
-        share = (alive / count.clamp(min=1)).unsqueeze(-1)
-        mean = all_sum((rows * share).sum(0))
-        var = all_sum(((rows - mean).square() * share).sum(0))
-        self.count += count
-        weight = (count / self.count.clamp(min=1)).float()  # of the new rows
-        delta = mean - self.mean
-        self.var += weight * (var - self.var + delta.square() * (1 - weight))
-        self.mean += weight * delta
-        self.std.copy_(self.var.sqrt().clamp(min=self.min_std))
-
-    def forward(self, x):
-        return (x - self.mean) / self.std
-
-
-def mlp(sizes, activation):
-    """Linear layers of the given sizes, each but the last followed by the activation."""
-    layers = []
-    for n_in, n_out in zip(sizes[:-1], sizes[1:]):
-        layers += [nn.Linear(n_in, n_out), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
-def normc_(layer, gain):
-    """The authors' initialisation: rows of norm `gain` in random directions, no bias."""
-    with torch.no_grad():
-        layer.weight.normal_()
-        layer.weight *= gain / layer.weight.norm(dim=1, keepdim=True)
-        layer.bias.zero_()
+# ---------- 2. Networks ----------
 
 
 class Agent(nn.Module):
-    """Encoder-p, and actor and critic on its belief, with the normalised observation where the preset says so.
+    """The policy (3.1): encoder-p, and actor and critic on its belief b_t: pi(a | b) and V(b).
 
-    Without encoder-p (--no-belief, --oracle-context) they see the observation in any case.
+    With --policy-state they see the normalised observation too, and without encoder-p (--no-belief, --oracle-context)
+    in any case. The belief has named parts, `belief_sizes`: name -> size.
     """
 
     def __init__(self, args, obs_dim, action_space, belief_sizes):
         super().__init__()
-        self.belief_sizes = list(belief_sizes)
-        self.obs_norm, self.return_norm, self.first_norm = RunningNorm(obs_dim), RunningNorm(1), RunningNorm(obs_dim)
-        blank = args.no_belief or args.oracle_context
-        self.encoder = None if blank else BeliefEncoder(args, obs_dim, action_space, args.policy_latent_dim)
-        self.sees_state = args.policy_state or blank
-        self.discrete = hasattr(action_space, "n")
+        self.belief_sizes, self.discrete = belief_sizes, hasattr(action_space, "n")
         n_out = int(action_space.n) if self.discrete else action_space.shape[0]
-        sizes = [sum(belief_sizes) + obs_dim * self.sees_state, *args.policy_layers]
+        self.std = None if self.discrete else BoundedStd(n_out, args.std_init, args.std_min, args.std_max)
+        self.obs_norm, self.return_norm, self.first_norm = RunningNorm(obs_dim), RunningNorm(1), RunningNorm(obs_dim)
+        recurrent = args.belief and not args.oracle_context
+        self.encoder = BeliefEncoder(args, obs_dim, action_space, args.policy_latent_dim) if recurrent else None
+        self.sees_state = args.policy_state or not recurrent
+        sizes = [sum(belief_sizes.values()) + obs_dim * self.sees_state, *args.policy_layers]
         self.actor, self.critic = mlp([*sizes, n_out], nn.Tanh), mlp([*sizes, 1], nn.Tanh)
         for net in (self.actor, self.critic):
             for layer in net[:-1:2]:
@@ -422,14 +208,10 @@ class Agent(nn.Module):
             nn.init.zeros_(self.actor[-1].bias)
         else:
             normc_(self.actor[-1], 1.0)
-            # The logarithm of the deviation stays softly between its bounds: low + (high - low) * sigmoid(raw_std)
-            self.log_std_low, self.log_std_high = math.log(args.std_min), math.log(args.std_max)
-            share = (math.log(args.std_init) - self.log_std_low) / (self.log_std_high - self.log_std_low)
-            self.raw_std = nn.Parameter(torch.full((n_out,), math.log(share / (1 - share))))
 
     def parts(self):
         """The modules whose gradients are clipped one by one: actor and critic, and encoder-p."""
-        std = [] if self.discrete else [nn.ParameterList([self.raw_std])]
+        std = [] if self.discrete else [self.std]
         return [nn.ModuleList([self.actor, self.critic, *std])] + ([self.encoder] if self.encoder else [])
 
     def beliefs(self, data):
@@ -442,11 +224,12 @@ class Agent(nn.Module):
         data = data | dict(next_obs=data["acted_on"])
         return self.encoder.belief(self.encoder.hiddens(data, start=data["hiddens"][:1]))
 
+    def named(self, belief):
+        """A belief (..., sum of the sizes) -> its parts by name."""
+        return dict(zip(self.belief_sizes, belief.split([*self.belief_sizes.values()], -1)))
+
     def embed(self, obs, belief):
         return torch.cat([belief, self.obs_norm(obs)], -1) if self.sees_state else belief
-
-    def std(self):
-        return (self.log_std_low + (self.log_std_high - self.log_std_low) * self.raw_std.sigmoid()).exp()
 
     def act(self, obs, belief, deterministic=False):
         """obs (N, S), belief (N, .) -> actions: int64 (N,) or float32 (N, A). Samples without a wait for the device."""
@@ -545,19 +328,7 @@ class Decoder(nn.Module):
         return hidden
 
 
-class MultiHeadDecoder(nn.Module):
-    """Grid worlds: the logits, one a cell, of p(r = 1 | m, s') for every cell s'."""
-
-    def __init__(self, args, num_cells):
-        super().__init__()
-        self.net = mlp([args.latent_dim, *args.decoder_layers, num_cells], nn.ReLU)
-
-    def forward(self, m):
-        """m (E, B, Z) -> (E, B, cells)."""
-        return self.net(m)
-
-
-# ---------- 5. Belief model: what this paper changes ----------
+# ---------- 3. Latent dynamics network ----------
 
 
 class BeliefEncoder(nn.Module):
@@ -603,8 +374,13 @@ class BeliefEncoder(nn.Module):
         """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
         return self.heads(hidden).chunk(2, -1)
 
+    def sample(self, hidden):
+        """m of q(m | tau_:t): hidden (..., D) -> (..., Z)."""
+        mean, logvar = self.posterior(hidden)
+        return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+
     def belief(self, hidden):
-        """What the policy sees of encoder-p: mean and log-variance (N, 2 Z)."""
+        """b_t, what the policy sees of encoder-p: hidden (..., D) -> mean and log-variance (..., 2 Z)."""
         return self.heads(hidden)
 
 
@@ -616,12 +392,14 @@ class BeliefModel(BeliefEncoder):
         super().__init__(args, S, space, args.latent_dim)
         A = self.num_actions
         self.cell = getattr(envs, "cell", None)
-        if args.reward_decoder in ("bernoulli", "multihead") and self.cell is None:
+        self.grid = args.reward_decoder in ("bernoulli", "multihead")  # p(r = 1) in a cell, not the reward itself
+        if self.grid and self.cell is None:
             raise BadInput(
                 f"--reward-decoder {args.reward_decoder} needs a grid of one goal, not {args.env_id}: choose mlp"
             )
         if args.reward_decoder == "multihead":
-            self.reward_decoder = MultiHeadDecoder(args, envs.num_cells)
+            # m (..., Z) -> the logits of p(r = 1 | m, s') for every cell s' (..., cells)
+            self.reward_decoder = mlp([args.latent_dim, *args.decoder_layers, envs.num_cells], nn.ReLU)
         else:
             inputs = ("obs", "action", "next_obs") if args.reward_decoder == "mlp" else ("next_obs",)
             self.reward_decoder = Decoder(args, S, A, 1, inputs)
@@ -636,72 +414,11 @@ class BeliefModel(BeliefEncoder):
 
     def cell_logits(self, m, which=None):
         """Grids: the logit of p(r = 1 | m, s') for all cells s', or `which` (B, C): m (E, B, Z) -> (E, B, C)."""
-        if isinstance(self.reward_decoder, MultiHeadDecoder):
+        if not isinstance(self.reward_decoder, Decoder):
             return self.reward_decoder(m)
         cells = self.cells.expand(m.shape[1], -1, -1) if which is None else self.cells[which]  # (B, C, S)
         cells = self.obs_norm(cells).transpose(0, 1)  # dropout's masks differ between tasks
         return self.reward_decoder(m, None, None, cells).squeeze(-1).transpose(1, 2)
-
-
-def draw_mixture(args, num_envs, device):
-    """Roles and weights (1) of a meta-episode: the normal workers (n,), who imagines (N,), alpha (N, N, 1 or Z).
-
-    A mixture worker's row of alpha adds up to 1 over the normal workers, the rest is 0. With beta = 1 it is uniform
-    over all convex combinations. Each process mixes its own workers.
-    """
-    count = share(args.num_mixture_workers)
-    mixture, normal = torch.randperm(num_envs, device=device).split([count, num_envs - count])
-    draws = torch.empty(count, len(normal), args.latent_dim if args.mix_dimensions else 1, device=device).exponential_()
-    dirichlet = draws / draws.sum(1, keepdim=True)
-    alpha = torch.zeros(num_envs, num_envs, draws.shape[2], device=device)
-    alpha[mixture[:, None], normal] = args.beta * dirichlet - (args.beta - 1) / len(normal)
-    imagining = torch.zeros(num_envs, device=device, dtype=torch.bool).index_fill_(0, mixture, True)
-    return normal, imagining, alpha
-
-
-def mix(alpha, m):
-    """(1) m^ of every worker: alpha (N, N, 1 or Z), m (N, Z) -> (N, Z)."""
-    return (alpha * m).sum(1) if alpha.shape[2] > 1 else alpha[..., 0] @ m
-
-
-def imagine(model, m, obs, action, next_obs, args):
-    """r^, the reward that the decoder expects under m^ (N, Z): obs, next_obs (N, S), action (N, .) -> (N,).
-
-    In training, dropout is on here as well: the imaginary rewards are noisy, as the authors' are.
-    """
-    if args.reward_decoder == "multihead":
-        out = model.cell_logits(m[None])[0].gather(-1, model.cell(next_obs)[:, None]).squeeze(-1)
-    else:
-        x = (
-            (model.obs_norm(obs)[None], model.action_input(action)[None])
-            if args.reward_decoder == "mlp"
-            else (None, None)
-        )
-        out = model.reward_decoder(m[None], *x, model.obs_norm(next_obs)[None])[0, 0, :, 0]
-    return out if args.reward_decoder.startswith("mlp") else expected_reward(out)
-
-
-def expected_reward(logits):
-    """Grids: of 1 with the probability sigmoid(logits), else -0.1."""
-    return 1.1 * logits.sigmoid() - 0.1
-
-
-def probe_imagination(model, m, test_envs):
-    """Grids: the tasks that mixtures m (K, Z) stand for, without dropout. Training learns nothing of the test goals.
-
-    Returns a dict: the share whose best cell is a test goal, and the largest rewards, of all cells and of test goals.
-    """
-    goals = test_envs.cell(test_envs.task_table.to(m.device))
-    model.eval()
-    with torch.no_grad():
-        rewards = expected_reward(model.cell_logits(m[None])[0])  # (K, cells)
-    model.train()
-    values = dict(
-        best_cell_is_a_test_goal=torch.isin(rewards.argmax(1), goals).float(),
-        largest_reward=rewards.amax(1),
-        largest_reward_of_a_test_goal=rewards[:, goals].amax(1),
-    )
-    return {f"imagination/{name}": value.mean().item() for name, value in values.items()}
 
 
 def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
@@ -710,19 +427,10 @@ def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
     return 0.5 * (prior_logvar - logvar + ratio - 1).sum(-1)
 
 
-def window(t, i, args):
-    """Whether the posterior after t transitions decodes transition i (from 0): broadcasts t with i."""
-    if args.decode_window == "all":
-        return (t >= 0) & (i >= 0)
-    future = i >= t
-    return future if args.decode_window == "future" else future & (i // args.horizon == t // args.horizon)
+def reconstruction(model, m, real, batch, args):
+    """-log p(r | m_t, s, a, s') and -log p(s' | m_t, s, a), up to constants: means over pairs of m_t and transition.
 
-
-def reconstruction(model, m, t, real, batch, args):
-    """-log p(r | m_t, s, a, s') and -log p(s' | m_t, s, a), up to constants, in the mean over the pairs of `window`.
-
-    m (E, B, Z): samples of the posteriors number t (E, B), of which those count that are `real` (E, B).
-    batch: raw transitions (T, B, .). Returns two scalars.
+    m (E, B, Z): samples of posteriors, of which those count that are `real` (E, B). batch: raw transitions (T, B, .).
     """
     T, B = batch["rewards"].shape
     device = m.device
@@ -738,13 +446,13 @@ def reconstruction(model, m, t, real, batch, args):
             batch[name][i, columns] for name in ("obs", "actions", "next_obs", "rewards", "alive")
         )
         x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
-        weight = (window(t[:, None], i, args) & alive & real[:, None]).float()  # (E, D, B)
+        weight = (alive & real[:, None]).float()  # (E, D, B)
         weight = weight / all_sum(weight.sum()).clamp(min=1)
     if args.reward_decoder == "multihead":
-        reward_loss = multihead_loss(model.cell_logits(m), t, real, batch, model.cell, args)
+        reward_loss = multihead_loss(model.cell_logits(m), real, batch, model.cell)
     elif by_cell:
         which, index = visited_cells(model.cell(batch["next_obs"]), len(model.cells))
-        reward_loss = multihead_loss(model.cell_logits(m, which), t, real, batch, lambda _: index, args)
+        reward_loss = multihead_loss(model.cell_logits(m, which), real, batch, lambda _: index)
     else:
         predicted = model.reward_decoder(m, *x).squeeze(-1)
         if args.reward_decoder == "bernoulli":
@@ -768,27 +476,15 @@ def visited_cells(cell, num_cells):
     return which, (visited.cumsum(1) - 1).gather(1, cell.T).T
 
 
-def multihead_loss(logits, t, real, batch, cell, args):
-    """Binary cross-entropy of r = 1 in the cell of s', in the mean over the pairs of `window`.
+def multihead_loss(logits, real, batch, cell):
+    """Binary cross-entropy of r = 1 in the cell of s', in the mean over pairs: logits (E, B, cells), real (E, B).
 
-    The logit of a cell is the same for each visit, so it is enough to count the visits with and without reward:
-    logits (E, B, cells), t, real (E, B).
+    The logit of a cell is the same for each visit, so it is enough to count the visits with and without reward.
     """
     visits = F.one_hot(cell(batch["next_obs"]), logits.shape[-1])  # (T, B, cells)
     visits = (visits * batch["alive"].unsqueeze(-1)).float()
     hits = visits * (batch["rewards"] == 1).unsqueeze(-1)
-    if args.decode_window == "all":
-        visits, hits = visits.sum(0), hits.sum(0)  # (B, cells): the same for all posteriors
-    else:
-        if args.decode_window == "episode":
-            visits, hits = (x.view(-1, args.horizon, *x.shape[1:]) for x in (visits, hits))
-        else:
-            visits, hits = visits[None], hits[None]
-        columns = torch.arange(t.shape[1], device=logits.device)
-        visits, hits = (  # of transitions t, t + 1, ... : (T + 1, B, cells), then those of the drawn t
-            F.pad(x.flip(1).cumsum(1).flip(1).flatten(0, 1), (0, 0, 0, 0, 0, 1))[t, columns] for x in (visits, hits)
-        )
-    visits, hits = visits * real.unsqueeze(-1), hits * real.unsqueeze(-1)
+    visits, hits = (x.sum(0) * real.unsqueeze(-1) for x in (visits, hits))  # (E, B, cells)
     loss = visits * F.softplus(logits) - hits * logits  # = hits * softplus(-x) + (visits - hits) * softplus(x)
     return loss.sum() / all_sum(visits.sum()).clamp(min=1)
 
@@ -804,17 +500,13 @@ def elbo(model, batch, args):
     else:  # each posterior is the next one's prior; the first one's is N(0, I)
         before = [torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (mean, logvar)]
         kl = kl_gaussians(mean, logvar, *before)
-    t, (mean, logvar, kl, real) = draw_posteriors(args, mean, logvar, kl, real_posteriors(batch["alive"]))
+    real = torch.cat([torch.ones_like(batch["alive"][:1]), batch["alive"]])  # not after a step of an idle environment
+    mean, logvar, kl, real = draw_posteriors(args, mean, logvar, kl, real)
     m = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    reward_loss, state_loss = reconstruction(model, m, t, real, batch, args)
+    reward_loss, state_loss = reconstruction(model, m, real, batch, args)
     kl = average(kl, real)
     loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl
     return loss, dict(loss=loss, reward=reward_loss, state=state_loss, kl=kl)
-
-
-def real_posteriors(alive):
-    """Which posteriors t = 0..T end with a real transition, not with one of an idle environment: (T + 1, B)."""
-    return torch.cat([torch.ones_like(alive[:1]), alive])
 
 
 def average(x, real):
@@ -823,16 +515,12 @@ def average(x, real):
 
 
 def draw_posteriors(args, *tensors):
-    """args.elbo_terms posteriors of each meta-episode, uniformly with replacement, or all.
-
-    tensors: (T + 1, B, ...). Returns their numbers t (E, B) and the tensors at these.
-    """
+    """tensors (T + 1, B, ...) at args.elbo_terms posteriors of each meta-episode, drawn with replacement, or at all."""
     T1, B = tensors[0].shape[:2]
-    device = tensors[0].device
     if not 0 < args.elbo_terms < T1:
-        return torch.arange(T1, device=device)[:, None].expand(T1, B), tensors
-    t = torch.randint(T1, (args.elbo_terms, B), device=device)
-    return t, [x[t, torch.arange(B, device=device)] for x in tensors]
+        return tensors
+    t = torch.randint(T1, (args.elbo_terms, B), device=tensors[0].device)
+    return [x[t, torch.arange(B, device=t.device)] for x in tensors]
 
 
 def update_belief(model, optimizer, buffer, args):
@@ -842,7 +530,49 @@ def update_belief(model, optimizer, buffer, args):
     return {name: term.detach() for name, term in terms.items()}
 
 
-# ---------- 6. A2C, PPO ----------
+# ---------- 4. Imaginary tasks: what this paper adds ----------
+
+
+def draw_mixture(args, num_envs, device):
+    """Roles and weights (1) of a meta-episode: the normal workers (n,), who imagines (N,), alpha (N, N, 1 or Z).
+
+    A mixture worker's row of alpha adds up to 1 over the normal workers, the rest is 0. With beta = 1 it is uniform
+    over all convex combinations. Each process mixes its own workers.
+    """
+    count = share(args.num_mixture_workers)
+    chosen, normal = torch.randperm(num_envs, device=device).split([count, num_envs - count])
+    draws = torch.empty(count, len(normal), args.latent_dim if args.mix_dimensions else 1, device=device).exponential_()
+    dirichlet = draws / draws.sum(1, keepdim=True)
+    alpha = torch.zeros(num_envs, num_envs, draws.shape[2], device=device)
+    alpha[chosen[:, None], normal] = args.beta * dirichlet - (args.beta - 1) / len(normal)
+    imagining = torch.zeros(num_envs, device=device, dtype=torch.bool).index_fill_(0, chosen, True)
+    return normal, imagining, alpha
+
+
+def mix(alpha, m):
+    """(1) m^ of every worker: alpha (N, N, 1 or Z), m (N, Z) -> (N, Z)."""
+    return (alpha * m).sum(1) if alpha.shape[2] > 1 else alpha[..., 0] @ m
+
+
+def imagine(model, m, obs, action, next_obs, args):
+    """r^, the reward that the decoder expects under m^ (N, Z): obs, next_obs (N, S), action (N, .) -> (N,).
+
+    In training, dropout is on here as well: the imaginary rewards are noisy, as the authors' are.
+    """
+    if args.reward_decoder == "multihead":
+        out = model.cell_logits(m[None])[0].gather(-1, model.cell(next_obs)[:, None]).squeeze(-1)
+    else:
+        x = model.obs_norm(obs), model.action_input(action), model.obs_norm(next_obs)
+        out = model.reward_decoder(m[None], *(part[None] for part in x))[0, 0, :, 0]
+    return expected_reward(out) if model.grid else out
+
+
+def expected_reward(logits):
+    """Grids: of 1 with the probability sigmoid(logits), else -0.1."""
+    return 1.1 * logits.sigmoid() - 0.1
+
+
+# ---------- 5. A2C, PPO ----------
 
 
 def gae(rewards, values, terminated, alive, args):
@@ -964,7 +694,7 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     return dict(zip(("policy", "value", "entropy", "approx_kl", "clipfrac"), torch.stack(log).mean(0)))
 
 
-# ---------- 7. Buffer ----------
+# ---------- 6. Buffer and rollout ----------
 
 
 class Buffer:
@@ -972,14 +702,15 @@ class Buffer:
 
     NAMES = ("obs", "next_obs", "actions", "rewards", "alive")
 
-    def __init__(self, size):
-        self.size, self.next, self.full, self.store = size, 0, 0, {}
+    def __init__(self, size, envs):
+        one = {name: tensor[:, 0] for name, tensor in records(envs).items() if name in self.NAMES}
+        self.size, self.next, self.full = size, 0, 0
+        self.store = {name: tensor.new_empty(size, *tensor.shape) for name, tensor in one.items()}
+        self.row_bytes = sum(tensor.nbytes for tensor in one.values())
 
     def add(self, data):
         """data: (T, N, ...) for each of NAMES."""
         n = data["rewards"].shape[1]
-        if not self.store:
-            self.store = {k: data[k].new_empty(self.size, len(data[k]), *data[k].shape[2:]) for k in self.NAMES}
         slots = torch.arange(self.next, self.next + n, device=data["rewards"].device) % self.size
         for name, tensor in self.store.items():
             tensor[slots] = data[name].transpose(0, 1)
@@ -995,40 +726,26 @@ class Buffer:
 
     def load_state_dict(self, state):
         self.next, self.full = state["next"], state["full"]
-        self.store = {k: v.new_empty(self.size, *v.shape[1:]) for k, v in state["store"].items()}
-        for name, tensor in state["store"].items():
-            self.store[name][: self.full] = tensor
+        for name, tensor in self.store.items():
+            tensor[: self.full] = state["store"][name]
 
 
-# ---------- 8. Rollout ----------
+def rollout(envs, agent, model, args, tasks=None, deterministic=False, mixture=None):
+    """One meta-episode in every environment, from a reset and the prior belief.
 
-
-def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=False, mixture=None):
-    """One meta-episode in every environment, from a reset and the prior belief; blind: with zeros in its place.
-
-    mixture: roles and weights, of `draw_mixture`. The mixture workers' rewards are imaginary then, for both encoders
-    and all that learns from them; the environments' own stay in true_rewards.
-    Returns a dict: obs, next_obs, acted_on (T, N, S), actions (T, N, .), rewards, true_rewards, raw_rewards,
-    terminated, alive, success (T, N), beliefs (T + 1, N, .), task (N, G), normal (n,), env_seconds, the time spent in
-    `envs.step`, mixed (N, Z), the last m^, and hiddens (windows, N, D) of encoder-p where PPO's start.
-    acted_on: the state after the transition as the policy sees it, after an episode's end the next one's first state.
+    mixture: of `draw_mixture`. Rewards of mixture workers are imaginary then, for both encoders and all that learns.
+    Returns a dict: what `records` lists, the tensors below, first_obs (N, S), task (N, G), the normal workers (n,), who
+    is imagining (N,), mixed (N, Z), the last m^, episode_return and episode_success (K, n) of the normal workers,
+    env_seconds, the time spent in `envs.step`, and details: what an evaluation keeps, the last belief by parts.
     """
-    T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
-    device, A = envs.device, () if agent.discrete else envs.single_action_space.shape
-    data = dict(  # made outside inference mode, so that the updates may use them
-        obs=torch.empty(T, N, S, device=device),
-        next_obs=torch.empty(T, N, S, device=device),
-        actions=torch.empty(T, N, *A, device=device, dtype=torch.int64 if agent.discrete else torch.float32),
-        rewards=torch.empty(T, N, device=device),
-        raw_rewards=torch.empty(T, N, device=device),  # what returns are reported in
-        true_rewards=torch.empty(T, N, device=device),
-        terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
-        alive=torch.ones(T, N, device=device, dtype=torch.bool),
-        success=torch.zeros(T, N, device=device, dtype=torch.bool),
-        beliefs=torch.zeros(T + 1, N, sum(agent.belief_sizes), device=device),
-        hiddens=torch.zeros(args.ppo_windows, N, args.hidden_dim, device=device),
-    )
+    T, N, S, device = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0], envs.device
     normal, imagining, alpha = mixture or (torch.arange(N, device=device), None, None)
+    data = records(envs) | dict(
+        acted_on=torch.empty(T, N, S, device=device),  # next_obs, but at an episode's end the next one's first state
+        true_rewards=torch.empty(T, N, device=device),  # the environments' own
+        beliefs=torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device),
+        hiddens=torch.zeros(args.ppo_windows, N, args.hidden_dim, device=device),  # of encoder-p where windows start
+    )
     env_seconds = 0.0
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
@@ -1038,14 +755,10 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             spread = agent.first_norm.var.sqrt() * (agent.first_norm.count > 0)
             shift = args.obs_shift * spread * torch.randn_like(obs)
         data["task"] = info["task"].clone()
-        hidden = torch.zeros(N, args.hidden_dim, device=device)  # of encoder-p
-        hidden_v = torch.zeros(N, args.hidden_dim, device=device)  # of encoder-v
+        hidden = hidden_v = torch.zeros(N, args.hidden_dim, device=device)  # of encoder-p and of encoder-v
+        belief = data["task"] if args.oracle_context else data["beliefs"][0]  # zeros: without encoder-p
         for t in range(T + 1):
-            if args.oracle_context:
-                belief = data["task"]
-            elif blind:
-                belief = data["beliefs"][0]  # zeros
-            else:
+            if agent.encoder:
                 belief = agent.encoder.belief(hidden)
             data["beliefs"][t] = belief
             if t == T:
@@ -1065,521 +778,192 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
                 if name in info:
                     data[name][t] = info[name]
             if mixture:  # m is that of the posterior before this transition
-                mean, logvar = model.posterior(hidden_v)
-                m = mix(alpha, mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+                data["mixed"] = m = mix(alpha, model.sample(hidden_v))
                 imaginary = imagine(model, m, data["obs"][t], action, next_obs, args)
                 reward = torch.where(imagining & data["alive"][t], imaginary, reward)
                 hidden_v = model.step(action, next_obs, reward, hidden_v)
-                data["mixed"] = m
             data["rewards"][t] = reward
+            data["acted_on"][t] = acted_on = obs + shift if t + 1 < T else next_obs
             if agent.encoder:
-                acted_on = obs + shift if t + 1 < T else next_obs
                 hidden = agent.encoder.step(action, acted_on, reward, hidden)
-    data["acted_on"] = torch.cat([data["obs"][1:], data["next_obs"][-1:]])
-    return data | dict(normal=normal, env_seconds=env_seconds)
+    details = {f"belief_{name}": part for name, part in agent.named(data["beliefs"][-1]).items()}
+    real = outcomes({name: data[name][:, normal] for name in ("raw_rewards", "success")}, envs)
+    return data | real | dict(normal=normal, imagining=imagining, details=details, env_seconds=env_seconds)
 
 
-# ---------- 9. Evaluation ----------
-
-
-def evaluate(eval_envs, agent, model, args, blind=False):
-    """Every evaluation task of every split once, over its K episodes, with random numbers of its own.
-
-    eval_envs: split -> environments. Returns scalars by key, and per task what each episode returned and whether it
-    succeeded (at any of its steps), and the last belief: {split: {task: {"return", "success", "belief"}}}.
-    """
-    scalars, details = {}, {}
-    devices = [torch.cuda.current_device()] if args.cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(args.seed)
-        agent.eval(), model.eval()
-        for split, envs in eval_envs.items():
-            names = eval_names(envs, args)
-            details[split] = {}
-            for first in range(0, len(names), envs.num_envs):
-                chunk = names[first : first + envs.num_envs]
-                padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
-                data = rollout(envs, agent, model, args, blind, padded, deterministic=not args.eval_sample)
-                episodes = (envs.episodes_per_task, envs.horizon, envs.num_envs)
-                returns = data["raw_rewards"].view(episodes).sum(1).T.tolist()
-                success = data["success"].view(episodes).any(1).float().T.tolist()
-                beliefs = data["beliefs"][-1].tolist()
-                for name, r, s, b in zip(chunk, returns, success, beliefs):
-                    details[split][name] = {"return": r, "success": s, "belief": b}
-            for key, word in (("return", "return"), ("success", "success_rate")):
-                rows = np.array([detail[key] for detail in details[split].values()])  # (tasks, K)
-                for k in range(rows.shape[1]):
-                    scalars[f"eval/{split}/{word}_episode_{k + 1}"] = float(rows[:, k].mean())
-                scalars[f"eval/{split}/{word}"] = float(rows[:, -1].mean())  # of the last episode
-                if key == "success":
-                    scalars[f"eval/{split}/{word}_any_episode"] = float(rows.max(1).mean())
-                families = np.array([name.split("/")[0] for name in details[split]])
-                if len(set(families)) > 1:
-                    for family in dict.fromkeys(families):
-                        scalars[f"eval/{split}/{word}/{family}"] = float(rows[families == family, -1].mean())
-            if hasattr(envs, "score"):
-                returns = {name: detail["return"] for name, detail in details[split].items()}
-                scalars |= {f"eval/{split}/{key}": value for key, value in envs.score(returns).items()}
-        agent.train(), model.train()
-    return scalars, details
-
-
-def eval_names(envs, args):
-    """The evaluation tasks of a split: the first `--eval-tasks` of each family, 0 = all."""
-    by_family = {}
-    for name in envs.tasks:
-        by_family.setdefault(name.split("/")[0], []).append(name)
-    return [name for names in by_family.values() for name in names[: args.eval_tasks or None]]
-
-
-def make_eval_envs(args, device, splits=SPLITS):
-    """Evaluation environments by split, the last one first; no train split where test holds the same tasks."""
-    made = {}
-    for split in reversed(splits):
-        if split == "train" and getattr(made["test"], "same_splits", False):
-            break
-        envs = make_args_envs(args, args.num_envs, split, device)
-        count = len(eval_names(envs, args))
-        size = math.ceil(count / math.ceil(count / args.num_envs))  # rounds of equal size
-        if size != args.num_envs:
-            envs.close()
-            envs = make_args_envs(args, size, split, device)
-        made[split] = envs
-    return made
-
-
-def make_args_envs(args, num_envs, split, device):
-    sizes = dict(horizon=args.horizon or None, episodes_per_task=args.episodes_per_task or None)
-    rules = dict(reward_version=args.reward_version, split_rule=args.split_rule)
-    sessions = dict(sessions=args.sessions, session_process=args.session_process)
-    return make_envs(args.env_id, num_envs, split, args.seed, device, **rules, **sessions, **sizes)
-
-
-def draw_pictures(folder, eval_envs, details, agent, model, args):
-    """Grid worlds: the return of every goal (Figure 6), imagined tasks (Figure 4) and, for three goals, where the
-    decoder thinks the goal is, step by step, with the agent's path (Figure 8a)."""
-    envs, folder = eval_envs["test"], Path(folder)
-    if not hasattr(envs, "cell"):
-        return
-    draw_returns(folder / "returns.png", eval_envs, details)
-    if args.reward_decoder.startswith("mlp") or not imagines(args):
-        return
-    names = [envs.tasks[i * len(envs.tasks) // envs.num_envs] for i in range(envs.num_envs)]
-    agent.eval(), model.eval()
-    data = rollout(envs, agent, model, args, False, names, deterministic=True)
-    train_envs = make_args_envs(args, args.num_envs, "all" if args.oracle else "train", envs.device)
-    played = rollout(train_envs, agent, model, args)
-    train_envs.close()
-    with torch.no_grad():
-        mean, logvar = model.posterior(model.hiddens(data))  # (T + 1, N, Z)
-        samples = (mean + (0.5 * logvar).exp() * torch.randn_like(mean) for _ in range(30))
-        maps = sum(model.cell_logits(m).sigmoid() for m in samples) / 30  # p(r = 1) in each cell (T + 1, N, cells)
-        mean, logvar = (x[-1] for x in model.posterior(model.hiddens(played)))
-        mixtures = [draw_mixture(args, len(mean), envs.device) for _ in range(5)]
-        alpha = torch.stack([alpha[imagining][0] for _, imagining, alpha in mixtures])  # of one worker each: (5, N, .)
-        m = (alpha * (mean + (0.5 * logvar).exp() * torch.randn_like(mean))).sum(1)  # (1): (5, Z)
-        rewards = expected_reward(model.cell_logits(m[None])[0])  # (5, cells)
-        weights = torch.zeros_like(rewards).index_add(1, envs.cell(played["task"]), alpha.mean(-1))
-    agent.train(), model.train()
-    draw_mixed_tasks(folder / "imagined.png", weights.cpu().numpy(), rewards.cpu().numpy(), train_envs)
-    for n in range(0, len(names), math.ceil(len(names) / 3)):
-        column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
-        file = folder / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
-        draw_grid_belief(file, names[n], column, data["task"][n].cpu().numpy(), maps[:, n].cpu().numpy(), args.horizon)
-
-
-def capture_video(folder, envs, agent, model, args, blind=False):
-    """Films the first evaluation task of each family, most likely actions, all K episodes: video_<family>.gif.
-
-    Raises BadInput on machines where nothing can draw.
-    """
-    families = dict.fromkeys(name.split("/")[0] for name in envs.tasks)
-    names = [next(name for name in envs.tasks if name.split("/")[0] == family) for family in families]
-    agent.eval(), model.eval()
-    for first in range(0, len(names), envs.num_envs):
-        chunk = names[first : first + envs.num_envs]
-        padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
-        data = rollout(envs, agent, model, args, blind, padded, deterministic=True)
-        for row, name in enumerate(chunk):
-            file = Path(folder) / f"video_{name.split('/')[0]}.gif"
-            replayed = envs.film(name, row, data["actions"][:, row].cpu().numpy(), file)
-            same = np.array_equal(replayed, data["rewards"][:, row].cpu().numpy())
-            print(file, "" if same else "(its rewards are not those of the evaluation)")
-
-
-# ---------- 10. Checkpoint and metrics ----------
-
-
-def save_checkpoint(path, state):
-    """Atomic: a reader finds the old file or the new one, whole; the one before it stays as <name>.previous.
-
-    Raises OSError where the disk is full, say; then both are as they were.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the file says
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
-    if path.exists():
-        link = path.with_name(path.name + ".link")
-        try:
-            link.unlink(missing_ok=True)
-            os.link(path, link)
-            os.replace(link, path.with_name(path.name + ".previous"))
-        except OSError:
-            pass  # a file system without links keeps the last one alone
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def on_disk(what, step):
-    """A disk that is full or gone says so, and training goes on: what was saved before stays as it is."""
-    try:
-        yield
-    except OSError as error:
-        tqdm.write(f"{what} not saved at step {step}: {error}")
-
-
-def missing_space(folder, size):
-    """Bytes that lack for three checkpoints of `size` bytes: the last, the one before, the next one. At least 0."""
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("checkpoint.pt*"))
-    return max(0, 3 * size - free)
-
-
-def load_checkpoint(path, device="cpu"):
-    """The state saved at `path`. Raises BadInput where there is none, or not one of this script."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise BadInput(f"no checkpoint at {path}") from None
-    except Exception as error:  # whatever a truncated or foreign file makes of the unpickler
-        raise BadInput(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        script = state.get("script") if isinstance(state, dict) else None
-        raise BadInput(f"{path} is a checkpoint of {script or 'another program'}, not of {SCRIPT}")
-    odd = set(state) ^ {"script", "args", "iteration", "global_step", "metrics_bytes", "processes", *PARTS}
-    if odd:
-        raise BadInput(f"{path} is not a whole checkpoint, or more than one: {', '.join(sorted(odd))}")
-    odd = set(state["args"]) ^ {field.name for field in fields(Args)}
-    if odd:
-        raise BadInput(f"{path} comes from another version of {SCRIPT}: arguments differ in {', '.join(sorted(odd))}")
-    return state
-
-
-def weights(module):
-    """Parameters and normalisers, one vector."""
-    return torch.cat([x.flatten().float() for x in module.state_dict().values()])
-
-
-def load_modules(path, state, modules):
-    """Loads each module's state. Raises BadInput for another architecture."""
-    for name, module in modules.items():
-        try:
-            module.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            detail = " ".join(str(error).split())[:200]
-            raise BadInput(f"{path} does not fit these arguments: {name}: {detail}") from error
-
-
-class Metrics:
-    """metrics.csv (step, key, value), TensorBoard and, with --track, Weights & Biases: the same keys."""
-
-    def __init__(self, folder, args, offset, step):
-        if not (folder / "metrics.csv").exists():  # a run resumed in another folder
-            offset = 0
-        self.file = open(folder / "metrics.csv", "r+" if offset else "w", newline="")
-        offset = min(offset, os.fstat(self.file.fileno()).st_size)
-        self.file.truncate(offset)  # rows after the checkpoint come again: none is lost or doubled
-        self.file.seek(offset)
-        self.csv = csv.writer(self.file)
-        if not offset:
-            self.csv.writerow(("global_step", "key", "value"))
-        self.board = SummaryWriter(folder, purge_step=step + 1 if offset else None)
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            self.wandb = wandb.init(project="meta-rl", name=folder.name, config=asdict(args), dir=folder)
-            self.wandb.define_metric("*", step_metric="global_step")
-
-    def write(self, scalars, step):
-        if self.wandb:
-            self.wandb.log({**scalars, "global_step": step})
-        for key, value in scalars.items():
-            self.csv.writerow((step, key, repr(float(value))))
-            self.board.add_scalar(key, value, step)
-        self.file.flush()
-
-    def close(self):
-        if self.wandb:
-            self.wandb.finish()
-        with contextlib.suppress(OSError):  # a full disk: said before
-            self.board.close()
-            self.file.close()
-
-
-# ---------- 11. Main ----------
+# ---------- 7. The algorithm ----------
 
 
 def main(args):
-    torch.set_num_threads(1)  # these networks are small: more threads wait for each other and take the workers' cores
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun --nproc-per-node
-        backend = "nccl" if args.cuda and torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first one evaluates
-    check_args(args)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
-    if args.cuda:
-        torch.cuda.set_device(device)
-    state = load_checkpoint(args.resume or args.evaluate, device) if args.resume or args.evaluate else None
-    name = f"{args.env_id.replace(':', '.')}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.run_dir or f"runs/{name}")
-    envs = make_args_envs(args, args.num_envs // ranks(), "train", device)
-    eval_envs = {}
-    try:
-        if args.oracle:
-            if not getattr(envs, "joins", False):
-                raise BadInput(f"--oracle: {args.env_id} has no split that joins train and test")
-            envs = make_args_envs(args, args.num_envs // ranks(), "all", device)
-        for name in ("horizon", "episodes_per_task"):
-            if getattr(args, name) not in (0, getattr(envs, name)):
-                raise BadInput(
-                    f"{flag(name)} {getattr(args, name)}: {args.env_id} has {getattr(envs, name)} of its own"
-                )
-            setattr(args, name, getattr(envs, name))
-        args.sessions, args.session_process = getattr(envs, "sessions", 0), getattr(envs, "session_process", "")
+    with Run(args, split="all" if args.oracle else "train") as run:
         check_args(args)
-        if leads() and (args.evaluate or args.eval_interval >= 0):
-            eval_envs = make_eval_envs(args, device, getattr(envs, "splits", SPLITS))
-        if args.capture_video and not hasattr(eval_envs["test"], "film"):
-            raise BadInput(f"--capture-video: {args.env_id} has no camera (Meta-World and ScratchItch have one)")
-        train(args, envs, eval_envs, device, folder, state)
-    finally:
-        for made in (envs, *eval_envs.values()):
-            made.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        envs, learns_belief = run.envs, imagines(args)
+        steps = args.num_envs * envs.meta_horizon  # of an iteration: a meta-episode in every environment
+        model = BeliefModel(args, envs).to(run.device)
+        sizes = dict(task=run.truth()["task"].shape[1]) if args.oracle_context else dict(b=2 * args.policy_latent_dim)
+        agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, sizes).to(run.device)
+        if args.rl == "a2c":
+            optimizer, update = A2COptimizer(agent, args.learning_rate), a2c_update
+        else:
+            optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
+            update = ppo_update
+        belief_optimizer = torch.optim.Adam(model.parameters(), lr=args.belief_learning_rate, fused=True)
+        buffer = Buffer(share(args.buffer_size), envs)
+        parts = dict(agent=agent, model=model, optimizer=optimizer, belief_optimizer=belief_optimizer)
+        rows = max(1, args.total_timesteps // steps) * (args.num_envs - args.num_mixture_workers) * learns_belief
+        rows = min(args.buffer_size, rows)
+        run.keep(**parts, own=dict(buffer=buffer), room=rows * buffer.row_bytes)
+        run.compile(agent, "act", "forward")
+        run.compile(agent.encoder, "step", "belief")
+        run.compile(model, "step")
 
+        def play(envs, tasks, deterministic):
+            return rollout(envs, agent, model, args, tasks, deterministic)
 
-def train(args, envs, eval_envs, device, folder, state):
-    torch.manual_seed(args.seed)
-    model = BeliefModel(args, envs).to(device)
-    sizes = [2 * args.policy_latent_dim]
-    if args.oracle_context:  # naming the tasks draws none
-        sizes = [envs.reset(tasks=[envs.tasks[0]] * envs.num_envs)[1]["task"].shape[1]]
-    agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, sizes).to(device)
-    if args.rl == "a2c":
-        optimizer, update = A2COptimizer(agent, args.learning_rate), a2c_update
-    else:
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
-        update = ppo_update
-    belief_optimizer = torch.optim.Adam(model.parameters(), lr=args.belief_learning_rate, fused=True)
-    buffer = Buffer(share(args.buffer_size))
-    parts = dict(zip(PARTS, (agent, model, optimizer, belief_optimizer)))
-    own = dict(buffer=buffer, envs=envs)  # of each process; the parts are the same in all of them
-    if dist.is_initialized():  # other tasks and other actions in each
-        envs.load_state_dict({"resets": dist.get_rank() << 32})
-        torch.manual_seed(torch.randint(2**32, (ranks(),))[dist.get_rank()].item())
-    if args.compile:
-        for module, names in ((agent, ("act", "forward")), (agent.encoder, ("step", "belief")), (model, ("step",))):
-            for name in names if module else ():
-                setattr(module, name, torch.compile(getattr(module, name)))
-
-    if args.evaluate:
-        load_modules(args.evaluate, state, dict(agent=agent, model=model))
-        scalars, details = evaluate(eval_envs, agent, model, args, args.no_belief)
-        for key, value in scalars.items():
-            print(f"{key:<48} {value:.4f}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_evaluation(folder, state["global_step"], scalars, details)
-        draw_pictures(folder, eval_envs, details, agent, model, args)
-        if args.capture_video:
-            capture_video(folder, eval_envs["test"], agent, model, args, args.no_belief)
-        return
-
-    iteration, global_step, offset = 0, 0, 0
-    if state:
-        for name in (
-            "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule sessions session_process"
-        ).split():
-            if getattr(args, name) != state["args"][name]:
-                raise BadInput(
-                    f"{flag(name)} {getattr(args, name)}: {args.resume} was saved with {state['args'][name]}"
-                )
-        if len(state["processes"]) != ranks():
-            raise BadInput(f"{args.resume} was saved by {len(state['processes'])} processes, and here are {ranks()}")
-        mine = state["processes"][dist.get_rank() if dist.is_initialized() else 0]
-        if not {"rng", *own} <= mine.keys():
-            raise BadInput(
-                f"{args.resume} is not a whole checkpoint: a process lacks {', '.join({'rng', *own} - mine.keys())}"
-            )
-        load_modules(args.resume, state | mine, parts | own)
-        iteration, global_step, offset = state["iteration"], state["global_step"], state["metrics_bytes"]
-        torch.set_rng_state(mine["rng"].cpu())
-        if args.cuda and "cuda_rng" in mine:
-            torch.cuda.set_rng_state(mine["cuda_rng"].cpu())
-    state = mine = None
-    saved = folder / "checkpoint.pt"
-    if saved.exists() and not (args.resume and folder.samefile(Path(args.resume).parent)):
-        raise BadInput(f"{folder} holds a run already: --resume {saved}, or choose another --run-dir")
-    versions = {package: version(package) for package in ("torch", "mujoco", "metaworld", "gymnasium", "numpy")}
-    try:
-        if leads():
-            folder.mkdir(parents=True, exist_ok=True)
-            config = json.dumps(dict(script=SCRIPT, **asdict(args), versions=versions), indent=2)
-            (folder / "config.json").write_text(config)
-    except OSError as error:
-        raise BadInput(f"cannot write to the run's folder: {error}") from error
-    steps = args.num_envs * envs.meta_horizon
-    iterations = max(1, args.total_timesteps // steps)
-    learns_belief = imagines(args)
-    metrics = Metrics(folder, args, offset, global_step) if leads() else None
-
-    signals = []  # the first SIGINT or SIGTERM ends the run after this iteration, saved; the second one at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: os._exit(128 + n) if signals else signals.append(n))
-    progress = tqdm(
-        total=iterations * steps, initial=global_step, unit=" steps", unit_scale=True, mininterval=1,
-        disable=not leads(),
-    )  # fmt: skip
-    started, first_step, results, details, stop = time.time(), global_step, {}, None, False
-
-    try:
-        while iteration < iterations and not stop:
-            iteration += 1
-            left = 1 - (iteration - 1) / iterations
+        for _ in run.iterations(args.total_timesteps // steps, steps):
+            left = run.left()
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
             belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
             ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
-            clock = [time.perf_counter()]
 
-            mixture = draw_mixture(args, envs.num_envs, device) if learns_belief else None
-            data = rollout(envs, agent, model, args, args.no_belief, mixture=mixture)
-            global_step += steps
+            # 3.4: a meta-episode in new tasks, with new roles and mixture weights
+            mixture = draw_mixture(args, envs.num_envs, run.device) if learns_belief else None
+            data = rollout(envs, agent, model, args, mixture=mixture)
+            run.global_step += steps
             check_finite(
                 observation=data["obs"],
                 next_observation=data["next_obs"],
                 reward=data["true_rewards"],
                 imaginary_reward=data["rewards"],
             )
-            if global_step == first_step + steps:
-                rows = min(args.buffer_size, iterations * (args.num_envs - args.num_mixture_workers)) * learns_belief
-                size = rows * sum(data[name][:, 0].nbytes for name in buffer.NAMES)
-                missing = all_sum(torch.tensor(float(missing_space(folder, size) if leads() else 0), device=device))
-                if missing > 0:
-                    raise BadInput(
-                        f"{folder} lacks {missing.item() / 1e6:,.0f} MB for its checkpoints: free some, choose another "
-                        "--run-dir or a smaller --buffer-size"
-                    )
-            clock.append(time.perf_counter())
+            run.lap("rollout")
 
             with torch.no_grad():
                 data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
                 last = agent.value(data["next_obs"][-1], data["beliefs"][-1])
             data["values"] = torch.cat([values, last[None]])
-            rewards = data["rewards"]
+            rewards, alive = data["rewards"], data["alive"]
             if args.norm_reward:
-                normalise_rewards(data["true_rewards"], data["alive"], agent.return_norm, args)  # they alone move it
+                normalise_rewards(data["true_rewards"], alive, agent.return_norm, args)  # they alone move it
                 rewards = (rewards / agent.return_norm.std).clamp(-10, 10)
-            data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], data["alive"], args)
+            data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], alive, args)
             losses = {}
-            if global_step > max(steps, args.precollect):
+            if run.global_step > max(steps, args.precollect):
                 losses = update(agent, optimizer, data, ent_coef, args)
             # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
-            alive = data["alive"].flatten()
-            agent.obs_norm.update(data["obs"].flatten(0, 1), alive)
-            agent.first_norm.update(data["first_obs"], torch.ones_like(data["alive"][0]))
+            agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
+            agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
             if args.standardise_inputs:
                 for encoder in (agent.encoder, model) if agent.encoder else ():
-                    encoder.obs_norm.update(data["next_obs"].flatten(0, 1), alive)
-                    encoder.reward_norm.update(data["true_rewards"].view(-1, 1), alive)
-            clock.append(time.perf_counter())
+                    encoder.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
+                    encoder.reward_norm.update(data["true_rewards"].view(-1, 1), alive.flatten())
+            run.lap("ppo")
 
             if learns_belief:
                 kept = data["normal"]  # nothing imagined
                 if args.buffer_add < 1 and buffer.full:
-                    kept = kept[torch.rand(len(kept), device=device) < args.buffer_add]
+                    kept = kept[torch.rand(len(kept), device=run.device) < args.buffer_add]
                 buffer.add({name: data[name][:, kept] for name in buffer.NAMES})
-                if global_step >= args.precollect:
-                    for _ in range(args.belief_updates):
-                        terms = update_belief(model, belief_optimizer, buffer, args)
-                        losses |= {f"belief_{key}": value for key, value in terms.items()}
-            clock.append(time.perf_counter())
+                for _ in range(args.belief_updates if run.global_step >= args.precollect else 0):
+                    terms = update_belief(model, belief_optimizer, buffer, args)
+                    losses |= {f"belief_{name}": term for name, term in terms.items()}
+            run.lap("belief")
 
-            progress.update(steps)
-            if global_step // LOG_EVERY > (global_step - steps) // LOG_EVERY or iteration == iterations:
-                real = [data[name][:, data["normal"]] for name in ("raw_rewards", "success")]
-                episodes, success = (x.view(args.episodes_per_task, args.horizon, -1) for x in real)
-                episodes, success = episodes.sum(1).mean(1), success.any(1).float().mean(1)
-                episodes, success = ((all_sum(x) / ranks()).tolist() for x in (episodes, success))
-                seconds = np.diff(clock)
-                scalars = {f"losses/{key}": all_sum(value).item() for key, value in losses.items()}
-                scalars |= {f"charts/return_episode_{k + 1}": value for k, value in enumerate(episodes)}
-                scalars |= {"charts/episodic_return": episodes[-1], "charts/success_rate": success[-1]}
-                scalars |= {"charts/SPS": (global_step - first_step) / (time.time() - started)}
-                scalars |= dict(zip(("time/rollout", "time/ppo", "time/belief"), seconds / seconds.sum()))
-                scalars |= {"time/env": data["env_seconds"] / seconds.sum()}
-                if mixture and hasattr(eval_envs.get("test"), "cell") and not args.reward_decoder.startswith("mlp"):
-                    scalars |= probe_imagination(model, data["mixed"][mixture[1]], eval_envs["test"])
-                if leads():
-                    with on_disk("metrics", global_step):
-                        metrics.write(scalars, global_step)
-                results |= {"return": episodes[-1], "success": success[-1]}
-                progress.set_postfix({key: f"{value:.2f}" for key, value in results.items()})
-            due = args.eval_interval > 0 and iteration % args.eval_interval == 0
-            if eval_envs and (due or iteration == iterations):
-                scalars, details = evaluate(eval_envs, agent, model, args, args.no_belief)
-                with on_disk("evaluation", global_step):
-                    metrics.write(scalars, global_step)
-                    write_evaluation(folder, global_step, scalars, details)
-                results |= {"test return": scalars["eval/test/return"]}
-                results |= {"test success": scalars["eval/test/success_rate"]}
-            due = args.checkpoint_interval > 0 and iteration % args.checkpoint_interval == 0
-            stop = bool(all_sum(torch.tensor(len(signals), device=device)))  # all processes stop together
-            if due or stop or iteration == iterations:
-                check_finite(weights_of_the_policy=weights(agent), weights_of_the_belief_model=weights(model))
-                mine = {key: part.state_dict() for key, part in own.items()} | dict(rng=torch.get_rng_state())
-                if args.cuda:
-                    mine["cuda_rng"] = torch.cuda.get_rng_state()
-                processes = [mine]
-                if dist.is_initialized():
-                    processes = [None] * ranks()
-                    dist.gather_object(mine, processes if leads() else None)
-                if leads():
-                    state = {key: part.state_dict() for key, part in parts.items()} | dict(processes=processes)
-                    state |= dict(script=SCRIPT, args=asdict(args), iteration=iteration, global_step=global_step)
-                    with on_disk("checkpoint", global_step):
-                        state |= dict(metrics_bytes=metrics.file.tell())
-                        save_checkpoint(folder / "checkpoint.pt", state)
-                state = mine = processes = None
-    except FloatingPointError as error:
-        raise FloatingPointError(f"iteration {iteration}: {error}; the last checkpoint stands") from None
-    finally:
-        progress.close()
-        if metrics:
-            metrics.close()
-    if details and iteration == iterations:
-        with on_disk("pictures", global_step):
-            draw_pictures(folder, eval_envs, details, agent, model, args)
-    if leads():
-        print(f"{global_step} steps in {time.time() - started:.0f} s: {folder}")
+            more = {}
+            if run.logs() and learns_belief and model.grid and run.eval_envs:
+                more = probe_imagination(model, data["mixed"][data["imagining"]], run.eval_envs["test"])
+            run.log(losses, data, more)
+            if run.due(args.eval_interval):
+                run.evaluate(play)
+            if run.due(args.checkpoint_interval) or run.stopped():
+                run.save()
+        run.finish(play, partial(draw_pictures, agent, model, args))
 
 
-def write_evaluation(folder, step, scalars, details):
-    text = json.dumps(dict(global_step=step, **scalars, tasks=details), indent=1)
-    (Path(folder) / "eval.json").write_text(text)
+# ---------- 8. What is imagined, and pictures ----------
+
+
+def probe_imagination(model, m, test_envs):
+    """Grids: the tasks that mixtures m (M, Z) stand for, without dropout. Training learns nothing of the test goals.
+
+    Returns a dict: the share whose best cell is a test goal, and the largest rewards, of all cells and of test goals.
+    """
+    goals = test_envs.cell(test_envs.task_table.to(m.device))
+    model.eval()
+    with torch.no_grad():
+        rewards = expected_reward(model.cell_logits(m[None])[0])  # (M, cells)
+    model.train()
+    values = dict(
+        best_cell_is_a_test_goal=torch.isin(rewards.argmax(1), goals).float(),
+        largest_reward=rewards.amax(1),
+        largest_reward_of_a_test_goal=rewards[:, goals].amax(1),
+    )
+    return {f"imagination/{name}": value.mean().item() for name, value in values.items()}
+
+
+def draw_pictures(agent, model, args, run, details):
+    """Grid worlds: the return of every goal (Figure 6), imagined tasks (Figure 4) and, for three goals, where the
+    decoder thinks the goal is, step by step, with the agent's path (Figure 8a)."""
+    envs = run.eval_envs["test"]
+    if hasattr(envs, "cell"):
+        draw_returns(run.folder / "returns.png", run.eval_envs, details)
+    if not model.grid or not imagines(args):
+        return
+    names = [envs.tasks[i * len(envs.tasks) // envs.num_envs] for i in range(envs.num_envs)]
+    train_envs = run.make_envs(run.envs.split, args.num_envs)
+    with run.evaluating(), torch.no_grad():
+        data = rollout(envs, agent, model, args, names, deterministic=True)
+        played = rollout(train_envs, agent, model, args)
+        hiddens = model.hiddens(data)  # (T + 1, N, D)
+        # p(r = 1) in each cell under the belief (T + 1, N, cells)
+        maps = sum(model.cell_logits(model.sample(hiddens)).sigmoid() for _ in range(30)) / 30
+        last = model.hiddens(played)[-1]  # (N, D)
+        mixtures = [draw_mixture(args, args.num_envs, envs.device) for _ in range(5)]
+        alpha = torch.stack([alpha[imagining][0] for _, imagining, alpha in mixtures])  # of one worker each: (5, N, .)
+        m = (alpha * model.sample(last)).sum(1)  # (1): (5, Z)
+        rewards = expected_reward(model.cell_logits(m[None])[0])  # (5, cells)
+        weights = torch.zeros_like(rewards).index_add(1, envs.cell(played["task"]), alpha.mean(-1))
+    draw_mixed_tasks(run.folder / "imagined.png", weights.cpu().numpy(), rewards.cpu().numpy(), train_envs)
+    for n in range(0, len(names), math.ceil(len(names) / 3)):
+        column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
+        file = run.folder / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"
+        draw_grid_belief(file, names[n], column, data["task"][n].cpu().numpy(), maps[:, n].cpu().numpy(), args.horizon)
+
+
+# ---------- 9. Presets ----------
+
+# The authors' hyper-parameters, from the configurations of their code; Args' defaults are those of GridWorldLDM.
+LOCOMOTION = dict(  # an iteration is a meta-episode of 400 steps, theirs 200: here twice the minibatches and updates
+    total_timesteps=200_000_000, eval_interval=250, checkpoint_interval=250, rl="ppo", num_minibatches=8,
+    belief_updates=4, ppo_windows=2, gamma=0.97, gae_lambda=0.9, ent_coef=0.01, ent_coef_end=0.01, norm_reward=True,
+    policy_layers=(128,), policy_latent_dim=128, policy_state=True, belief_batch=10, buffer_size=10_000,
+    action_embed=16, reward_embed=16, latent_dim=5, elbo_terms=50, decode_terms=50, reward_decoder="mlp",
+    decode="shared", decoder_layers=(64, 32), decoder_dropout=0.5,
+    kl_coef=50 / 401 / 400,  # their KL counts 50 of the 401 posteriors; over 400 transitions, as in a summed ELBO
+    standardise_inputs=True,
+)  # fmt: skip
+POINT = LOCOMOTION | dict(  # not one of the paper's
+    total_timesteps=50_000_000, gamma=0.99, reward_decoder="mlp-next", ppo_windows=1, kl_coef=1 / 300
+)
+PRESETS = {
+    "GridWorld": dict(total_timesteps=20_000_000, time_limit="terminal", kl_coef=1 / 60),
+    "GridWorldLDM": dict(time_limit="terminal"),
+    "GridWorldExtrapolation": dict(time_limit="terminal", decoder_dropout=0.5),
+    "SparsePointRobot": POINT,
+    "HalfCheetahVel": LOCOMOTION | dict(
+        total_timesteps=50_000_000, clip_coef=0.1, belief_updates=2, num_mixture_workers=4
+    ),
+    "HalfCheetahDir": LOCOMOTION | dict(split_rule="varibad"),  # not one of the paper's: two tasks, to train and test
+    "AntDir": LOCOMOTION | dict(buffer_add=0.8),
+    "AntGoal": LOCOMOTION | dict(num_minibatches=2, policy_state=False, latent_dim=10, beta=2.0),
+    "HopperMass": LOCOMOTION | dict(  # not one of the paper's
+        total_timesteps=10_000_000, eval_interval=25, checkpoint_interval=25, eval_tasks=30, gamma=0.99, ppo_windows=4,
+        latent_dim=10, kl_coef=50 / 1601 / 1600,
+    ),
+    "module:factory": POINT,  # your own, and all others
+}  # fmt: skip
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except BadInput as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (WorkerError, FloatingPointError, OSError) as error:  # the last checkpoint stands
-        print(*getattr(error, "__notes__", ()), f"{SCRIPT}.py: {error}", sep="\n", file=sys.stderr)
-        sys.exit(1)
+    start(main, Args, PRESETS)

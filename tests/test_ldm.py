@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Bernoulli, Dirichlet
 
+import common.processes
+import common.run
 import ldm
 from common.envs import make_envs
-from tests.test_belief import gradients, signals  # noqa: F401
-from tests.test_scripts import TINY, command, resume_equals_straight, run
+from tests.test_belief import check, gradients, signals  # noqa: F401
+from tests.test_scripts import TINY, command, metrics, resume_equals_straight, run
 
 torch.set_num_threads(1)
 DECODE = pytest.mark.parametrize("decode", ["all", "cells", "shared"])
@@ -26,12 +28,12 @@ def setup(env_id="GridWorldLDM", **changes):
         policy_layers=(8,), decoder_layers=(7,), state_embed=3, reward_embed=8, buffer_size=20, num_mixture_workers=2,
     )  # fmt: skip
     args = ldm.Args(**(ldm.PRESETS[env_id] | tiny | dict(env_id=env_id) | changes))
-    ldm.check_args(args)
+    check(ldm, args)
     envs = make_envs(env_id, args.num_envs, horizon=args.horizon, episodes_per_task=args.episodes_per_task)
     torch.manual_seed(0)
     model = ldm.BeliefModel(args, envs)
     obs_dim = envs.single_observation_space.shape[0]
-    agent = ldm.Agent(args, obs_dim, envs.single_action_space, [2 * args.policy_latent_dim])
+    agent = ldm.Agent(args, obs_dim, envs.single_action_space, dict(b=2 * args.policy_latent_dim))
     return SimpleNamespace(args=args, envs=envs, model=model, agent=agent)
 
 
@@ -179,6 +181,30 @@ def test_nothing_imagined_in_the_buffer(env_id, monkeypatch, tmp_path):
     for data, scale in zip(made, scales):
         assert torch.equal(scale, data["true_rewards"])
     assert len(scales) == (0 if env_id == "GridWorldLDM" else 4)
+
+
+@pytest.mark.parametrize("words", [[], ["--num-mixture-workers", "0"], ["--reward-decoder", "mlp"]])
+def test_what_is_logged(words, tmp_path, monkeypatch):
+    """Returns of the normal workers alone; and of grids what is imagined, where something is."""
+    made, rollout, probed, probe = [], ldm.rollout, [], ldm.probe_imagination
+    monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    monkeypatch.setattr(ldm, "probe_imagination", lambda model, m, envs: probed.append(m) or probe(model, m, envs))
+    monkeypatch.setattr(ldm, "draw_pictures", lambda *_: None)
+    run(ldm, tmp_path, *words, eval_interval=0)
+    rows = {(int(step), key): float(value) for step, key, value in metrics(tmp_path)[1:]}
+    played = [data for data in made if data["raw_rewards"].shape[1] == 4][:4]
+    for i, data in enumerate(played):
+        returns = [[data["raw_rewards"][5 * k : 5 * k + 5, n].sum() for n in data["normal"]] for k in range(2)]
+        success = [[data["success"][5 * k : 5 * k + 5, n].any() for n in data["normal"]] for k in range(2)]
+        for k in range(2):
+            assert rows[40 * i + 40, f"charts/return_episode_{k + 1}"] == pytest.approx(np.mean(returns[k]), abs=1e-5)
+        assert rows[40 * i + 40, "charts/success_rate"] == pytest.approx(np.mean(success[1]))
+        assert ((40 * i + 40, "imagination/largest_reward") in rows) == (not words)
+        assert len(data["normal"]) == (4 if "0" in words else 2)
+    assert len(probed) == (0 if words else 4)
+    for m, data in zip(probed, played):
+        others = [n for n in range(4) if n not in data["normal"].tolist()]
+        assert torch.equal(m, data["mixed"][others])
 
 
 @torch.no_grad()
@@ -340,21 +366,17 @@ def stored(s, B=3):
 
 
 @DECODE
-@pytest.mark.parametrize("decode_window", ["all", "future", "episode"])
-def test_reconstruction_equals_a_loop(decode, decode_window, monkeypatch):
+def test_reconstruction_equals_a_loop(decode):
     """Without dropout all three are the mean of -log p(r | m_t, s') over pairs, value and gradients."""
-    s = setup(decode=decode, decode_window=decode_window, decoder_dropout=0.0)
+    s = setup(decode=decode, decoder_dropout=0.0)
     batch, m = stored(s), torch.randn(9, 3, 3)
-    t = torch.arange(9)[:, None].expand(9, 3)
-    loss, _ = ldm.reconstruction(s.model, m, t, ldm.real_posteriors(batch["alive"]), batch, s.args)
+    real = torch.cat([torch.ones(1, 3, dtype=torch.bool), batch["alive"]])
+    loss, _ = ldm.reconstruction(s.model, m, real, batch, s.args)
     terms, decoder = [], s.model.reward_decoder
     for e in range(9):
         for b in range(3):
             for i in range(8):
-                end = {"all": 8, "future": 8, "episode": (e // 4 + 1) * 4}[decode_window]
-                start = 0 if decode_window == "all" else e
-                alive = batch["alive"][i, b] and (e == 0 or batch["alive"][e - 1, b])
-                if alive and start <= i < end:
+                if batch["alive"][i, b] and (e == 0 or batch["alive"][e - 1, b]):
                     x = decoder.embed_state(batch["next_obs"][i, b]).relu()
                     logit = decoder.net(torch.cat([m[e, b], x]))[0]
                     terms.append(-Bernoulli(logits=logit).log_prob((batch["rewards"][i, b] == 1).float()))
@@ -440,7 +462,7 @@ def test_rl2(tmp_path, monkeypatch):
     made, rollout = [], ldm.rollout
     monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
     end = run(ldm, tmp_path, "--num-mixture-workers", "0", eval_interval=0)
-    assert not end["processes"][0]["buffer"]["store"] and not end["belief_optimizer"]["state"]
+    assert end["processes"][0]["buffer"]["full"] == 0 and not end["belief_optimizer"]["state"]
     assert all(part["state"] for part in end["optimizer"].values())
     assert all(torch.equal(data["rewards"], data["true_rewards"]) for data in made)
 
@@ -521,10 +543,15 @@ def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
 
 
 def test_oracle(tmp_path, monkeypatch):
-    """--oracle trains on goals of every split; the evaluation's splits stay what they are."""
-    made, rollout = [], ldm.rollout
+    """--oracle trains on goals of every split, and on no others; the evaluation's splits stay what they are."""
+    made, rollout, splits = [], ldm.rollout, []
     monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    monkeypatch.setattr(common.run, "make_envs", lambda *a, **b: splits.append(a[2]) or make_envs(*a, **b))
+    monkeypatch.setattr(ldm, "draw_grid_belief", lambda *_: None)
     end = run(ldm, tmp_path, "--oracle", eval_interval=0)
+    assert (
+        splits[0] == "all" and splits[-1] == "all" and {*splits[1:-1]} == {"train", "test"}
+    )  # the last is a picture's
     goals = torch.cat([data["task"] for data in made[: end["iteration"]]])  # evaluation comes after these
     assert set(goals.amax(1).int().tolist()) == {2, 3, 4, 5, 6}
     tasks = json.loads((tmp_path / "eval.json").read_text())["tasks"]
@@ -534,7 +561,7 @@ def test_oracle(tmp_path, monkeypatch):
 @pytest.mark.parametrize("probability", [0, 0.5, 1])
 def test_buffer_add(probability, tmp_path):
     """How often a normal worker's meta-episode is kept; the first iteration's are in any case."""
-    sizes = ["--total-timesteps", "2400", "--buffer-size", "200", "--belief-updates", "1"]
+    sizes = ["--total-timesteps", "2400", "--buffer-size", "200", "--belief-updates", "1", "--checkpoint-interval", "0"]
     end = run(ldm, tmp_path, "--buffer-add", str(probability), *sizes)
     kept, later = end["processes"][0]["buffer"]["full"] - 2, 2 * (end["iteration"] - 1)
     assert later == 118 and abs(kept - probability * later) <= (22 if probability == 0.5 else 0)  # 4 deviations
@@ -551,7 +578,7 @@ def test_floor_and_ceiling(context, rl, tmp_path, monkeypatch):
     for data in made:
         belief = data["task"] if context == "--oracle-context" else torch.zeros(len(data["task"]), 1)
         assert torch.equal(data["beliefs"], belief.expand_as(data["beliefs"]))
-    assert not any("encoder" in name for name in end["agent"]) and not end["processes"][0]["buffer"]["store"]
+    assert not any("encoder" in name for name in end["agent"]) and end["processes"][0]["buffer"]["full"] == 0
 
 
 @pytest.mark.parametrize("env_id, rl", [("GridWorldLDM", "a2c"), ("GridWorldLDM", "ppo"), ("SparsePointRobot", "ppo")])
@@ -561,8 +588,8 @@ def test_meta_device(env_id, rl, monkeypatch):
     envs = make_envs(env_id, 5, device=device, horizon=4, episodes_per_task=2)
     with device:
         model = ldm.BeliefModel(s.args, envs)
-        agent = ldm.Agent(s.args, 2, envs.single_action_space, [8])
-    monkeypatch.setattr(ldm, "check_finite", lambda **_: None)  # it waits, once an update, on purpose
+        agent = ldm.Agent(s.args, 2, envs.single_action_space, dict(b=8))
+    monkeypatch.setattr(common.processes, "check_finite", lambda **_: None)  # it waits, once an update, on purpose
     optimizers = [torch.optim.RMSprop(m.parameters()) for m in (agent, model)]
     data = ldm.rollout(envs, agent, model, s.args, mixture=ldm.draw_mixture(s.args, 5, device))
     data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
@@ -573,6 +600,6 @@ def test_meta_device(env_id, rl, monkeypatch):
     data = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
     (ldm.a2c_update if rl == "a2c" else ldm.ppo_update)(agent, optimizers[0], data, 0.01, s.args)
     agent.encoder.reward_norm.update(data["true_rewards"].view(-1, 1), data["alive"].flatten())
-    buffer = ldm.Buffer(20)
+    buffer = ldm.Buffer(20, envs)
     buffer.add({name: data[name][:, data["normal"]] for name in buffer.NAMES})
     ldm.update_belief(model, optimizers[1], buffer, s.args)

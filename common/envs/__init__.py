@@ -98,7 +98,8 @@ def make_envs(
     if getattr(factory, "joins", False):
         splits.append("all")
     if split not in splits:
-        raise BadInput(f"unknown split {split!r}: {env_id} has {' and '.join(splits)}")
+        asked = " of --oracle" if split == "all" else ""
+        raise BadInput(f"unknown split {split!r}{asked}: {env_id} has {' and '.join(splits)}")
     parameters = inspect.signature(factory).parameters
     if "split_rule" in parameters:
         options["split_rule"] = split_rule
