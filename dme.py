@@ -23,16 +23,16 @@ Equation (of the paper)                                          function
     Algorithm 1                                                  main, rollout, update_belief
 
 Where this leaves the paper
-    It prints no hyper-parameters: Meta-World has SDVT's (Lee et al., 2023) for three episodes, the rest variBAD's.
-    Virtual tasks: 4.2 and Algorithm 1 differ. --virtual policy (default, SDVT's): decoded rewards feed encoder and
-    policy; elbo: they replace those of the ELBO's batches, for the posterior too (Algorithm 1: in L_reward alone).
-    They are the most likely ones, clipped; y is drawn uniformly, as in 4.2 (SDVT: from the running mean of q(y)).
-    (9) is an expectation under q(y | w, z) (--hard-y), and the policy sees y's probabilities (--policy-y argmax).
-    z decodes to the meta-episode's end (--decode-window episode: the episode's, if that is T); of states, the change.
-    The ELBO's terms are means; beta_w, beta_y and, off Meta-World, reward_coef are ours: at beta_w 1, KL_w goes to 0.
-    The first belief is that of the encoder's zero state; Algorithm 1 draws it (--initial-belief prior).
-    The belief model learns from the last --buffer-size meta-episodes; Algorithm 1 empties B at each iteration.
-    As varibad.py: lockstep, true successors without a flag, credit between episodes, standardised inputs.
+    It prints no hyper-parameters: with --cuda Meta-World has SDVT's (Lee et al., 2023), for three episodes in place of
+    ten; the rest has variBAD's, with a weight of the reward and smaller sizes of ours.
+    An iteration is one meta-episode of every environment. At an episode's end within it the policy sees the next one's
+    first state, encoder and decoders the true successor; credit and belief go on. PPO comes before the belief's update.
+    (4) decodes what is still to come after t transitions, as Algorithm 1 counts; all of the meta-episode's, not T's.
+    Virtual tasks: --virtual policy (default, SDVT's): new meta-episodes are played under decoded rewards, and not
+    stored; elbo: decoded rewards in the ELBO's batches, for the posterior too (Algorithm 1: in L_reward alone).
+    (9) is an expectation under q(y | w, z) (--hard-y); the policy sees log sigma_z^2 (--policy-z var) and probabilities
+    of y (--policy-y argmax), in evaluation the means of w and z. (14) is --value-loss mse; default is variBAD's.
+    beta_w and beta_y are ours: at beta_w 1, KL_w goes to 0. The first belief is the heads' (--initial-belief prior).
 """
 
 import math
@@ -82,7 +82,7 @@ class PPO:
     obs_embed: Count = 16  # policy's embedding of the observation
     belief_embed: Count = 16  # policy's embedding of each part of the belief
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
-    # that nothing tells the few training tasks by where things happen to stand (ours).
+    # that the policy cannot tell the few training tasks apart by where things happen to stand (ours).
     obs_shift: AtLeast0 = 0.0
     std_init: Above0 = 1.0  # deviation of a continuous action at the start
     std_min: Above0 = 0.01  # its lower bound, reached softly
@@ -142,7 +142,9 @@ class DME:
     # Virtual tasks: whole meta-episodes with decoded rewards for the policy (SDVT; the paper's section 4.2), decoded
     # rewards in the ELBO's batches (the paper's Algorithm 1), or both.
     virtual: Literal["off", "policy", "elbo", "both"] = "policy"
-    virtual_rate: Fraction = 0.125  # gamma: probability of a virtual iteration or batch at the end, from 0 on [paper]
+    virtual_rate: Fraction = (
+        0.125  # the paper's gamma, of iterations or batches: rises [paper], linearly, from 0, to this
+    )
     virtual_low: float = 0.0  # lower bound of virtual rewards: Meta-World's lie in [0, 10]
     virtual_high: float = 10.0  # their upper bound
 
@@ -190,7 +192,7 @@ class Agent(nn.Module):
         self.belief_sizes, self.discrete = belief_sizes, hasattr(action_space, "n")
         n_out = int(action_space.n) if self.discrete else action_space.shape[0]
         self.std = None if self.discrete else BoundedStd(n_out, args.std_init, args.std_min, args.std_max)
-        # In training the code of a test's family is constant: a higher floor keeps the oracle from blowing it up.
+        # A held-out family's entry of the true task is constant in training: a higher floor keeps it from blowing up.
         min_std = 0.02 if args.oracle_context else 1e-4
         self.obs_norm, self.belief_norm = RunningNorm(obs_dim), RunningNorm(sum(belief_sizes.values()), min_std)
         self.return_norm, self.first_norm = RunningNorm(1), RunningNorm(obs_dim)
@@ -670,7 +672,7 @@ class Buffer:
 
 
 def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=False, virtual=False):
-    """One meta-episode in every environment, from a reset and the prior belief; blind: with zeros in its place.
+    """One meta-episode in every environment, from a reset and the belief before any step; blind: zeros in its place.
 
     virtual: with the rewards that the decoder gives under a task drawn from the prior for each environment (11).
     Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, true_rewards, raw_rewards, terminated, alive,
@@ -681,7 +683,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
     beliefs = torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device)
     data = records(envs) | dict(beliefs=beliefs, true_rewards=torch.empty(T, N, device=device))
     env_seconds = 0.0
-    with torch.inference_mode():
+    with torch.inference_mode():  # beliefs are data for PPO: no gradient of its flows into encoder and heads
         obs, info = envs.reset(tasks)
         data["first_obs"] = obs.clone()
         shift = torch.zeros_like(obs)
@@ -709,7 +711,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             obs, reward, terminated, _, info = envs.step(action)
             env_seconds += time.perf_counter() - start
             data["raw_rewards"][t] = info.get("raw_reward", reward)
-            next_obs = info["final_obs"] + shift
+            next_obs = info["final_obs"] + shift  # at an episode's end obs is the next one's first state; same task
             data["true_rewards"][t] = reward
             if virtual:
                 x = data["obs"][t : t + 1], action[None], next_obs[None]
@@ -720,7 +722,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
                 if name in info:
                     data[name][t] = info[name]
             if not (args.oracle_context or blind):
-                hidden = model.step(action, next_obs, reward, hidden)
+                hidden = model.step(action, next_obs, reward, hidden)  # goes on over the episodes of the task
     details = {f"belief_{name}": part for name, part in agent.named(data["beliefs"][-1]).items()}
     return data | outcomes(data, envs) | dict(details=details, env_seconds=env_seconds)
 
@@ -740,8 +742,7 @@ def main(args):
         belief_optimizer = torch.optim.Adam(model.parameters(), lr=args.belief_learning_rate, fused=True)
         buffer = Buffer(share(args.buffer_size), envs)
         parts = dict(agent=agent, model=model, optimizer=optimizer, belief_optimizer=belief_optimizer)
-        rows = min(args.buffer_size, max(args.num_envs, args.total_timesteps // envs.meta_horizon)) * learns_belief
-        run.keep(**parts, own=dict(buffer=buffer), room=rows * buffer.row_bytes)
+        run.keep(**parts, own=dict(buffer=buffer), room=run.rows() * buffer.row_bytes * learns_belief)
         run.compile(agent, "act", "forward")
         run.compile(model, "step", "belief")
 
@@ -749,7 +750,7 @@ def main(args):
             return rollout(envs, agent, model, args, is_blind(run.global_step, args), tasks, deterministic)
 
         for _ in run.iterations(args.total_timesteps // steps, steps):
-            left = run.left()
+            left = run.left()  # share of the training that is to come: from 1 down
             optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
             belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
             ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
@@ -765,7 +766,7 @@ def main(args):
             check_finite(decoded_reward=data["rewards"])
             run.lap("rollout")
 
-            with torch.no_grad():
+            with torch.no_grad():  # log-probabilities and values of the policy that played
                 data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
                 last = agent.value(data["next_obs"][-1], data["beliefs"][-1])
             data["values"] = torch.cat([values, last[None]])
@@ -777,7 +778,7 @@ def main(args):
             losses = {}
             if run.global_step > max(steps, args.precollect):
                 losses = ppo_update(agent, optimizer, data, ent_coef, args)
-            # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
+            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
             agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
             agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
             if not blind:
@@ -785,7 +786,7 @@ def main(args):
             run.lap("ppo")
 
             if learns_belief:
-                if args.standardise_inputs and not virtual:  # the changes fall with the number of steps
+                if args.standardise_inputs and not virtual:  # each update moves them less
                     model.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
                     model.reward_norm.update(data["rewards"].view(-1, 1), alive.flatten())
                 if not virtual:  # the belief model learns from what the environments gave alone
@@ -871,9 +872,8 @@ GRID = dict(
     time_limit="terminal", standardise_inputs=False, ent_coef=0.04, reward_coef=5000.0, virtual_low=-0.1,
     virtual_high=1.0,
 )  # fmt: skip
-LARGE_GRID = GRID | dict(  # 7x7; networks as large as LDM's
-    total_timesteps=100_000_000, state_embed=32, hidden_dim=128, latent_dim=32
-)
+# 7x7; networks as large as LDM's.
+LARGE_GRID = GRID | dict(total_timesteps=100_000_000, state_embed=32, hidden_dim=128, latent_dim=32)
 POINT = dict(
     total_timesteps=50_000_000, eval_interval=25, checkpoint_interval=25, gamma=0.99, gae_lambda=0.9,
     num_minibatches=8, clip_coef=0.1, ent_coef=0.001, ent_coef_end=0.001, policy_layers=(128, 128, 128), obs_embed=64,
@@ -882,8 +882,7 @@ POINT = dict(
 )  # fmt: skip
 PRESETS = {
     "GridWorld": GRID,
-    "GridWorldLDM": LARGE_GRID,
-    "GridWorldExtrapolation": LARGE_GRID,
+    **dict.fromkeys(("GridWorldLDM", "GridWorldExtrapolation"), LARGE_GRID),
     "SparsePointRobot": POINT,
     "HalfCheetahVel": LOCOMOTION,
     "HalfCheetahDir": LOCOMOTION | dict(update_epochs=16, num_minibatches=2),
@@ -917,14 +916,12 @@ SMALL_ML1 = SMALL_ML | dict(
     belief_warmup=900_000, belief_anneal_lr=True, belief_updates=30, belief_batch=20, belief_learning_rate=2e-3,
     hidden_dim=64, elbo_terms=8, decode_terms=150, state_coef=0.0,
 )  # fmt: skip
-SMALL_REACH = SMALL_ML1 | dict(obs_shift=2.0)  # an object stands about that has nothing to do with the goal
-SMALL_WINDOWS = dict(tbptt=50, elbo_terms=25, decode_terms=100)
 SMALL = {
-    **dict.fromkeys(("SparsePointRobot", "MEWA", "AntGoal"), SMALL_WINDOWS),
+    **dict.fromkeys(("SparsePointRobot", "MEWA", "AntGoal"), dict(tbptt=50, elbo_terms=25, decode_terms=100)),
     "HopperMass": dict(buffer_size=2000),  # 0.36 GB
     "ML1": SMALL_ML1,
-    "ML1-reach": SMALL_REACH,
-    "ML1-reach-wall": SMALL_REACH,
+    # An object stands about that has nothing to do with the goal.
+    **dict.fromkeys(("ML1-reach", "ML1-reach-wall"), SMALL_ML1 | dict(obs_shift=2.0)),
     "ML10": SMALL_ML,
     "ML45": SMALL_ML | dict(eval_interval=250),
 }

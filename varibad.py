@@ -1,9 +1,9 @@
 """VariBAD: Bayes-adaptive deep RL with a variational belief (Zintgraf et al., ICLR 2020; JMLR 22, 2021).
 
 A recurrent encoder reads the history tau_:t of a meta-episode and keeps a Gaussian belief q(m | tau_:t) over a latent m
-that stands for the unknown task. Decoders, trained with it, predict every reward and transition of the meta-episode,
-past and future, from each m_t: so the belief holds what there is to know about the task. The policy sees the state and
-the belief, and PPO maximises the return of the whole meta-episode: exploration pays where it ends uncertainty early.
+that stands for the unknown task. Decoders, trained with it, predict every reward (and, with --state-coef, state) of
+the meta-episode, past and future, from each m_t: so the belief holds what there is to know about the task. The policy
+sees the state and the belief, and PPO maximises the return of the whole meta-episode: exploration pays early.
 
 Shapes: T steps of a meta-episode, N environments, B batch, S observation, A action, Z latent, D hidden; time-major.
 
@@ -16,13 +16,13 @@ Equation (of the JMLR paper)                                     function
     ELBO_t: every m_t decodes the whole trajectory               elbo
     KL(q(m | tau_:t) || q(m | tau_:t-1)), KL(q(m) || N(0, I))    kl_gaussians, elbo
     policy pi(a | s, mu, sigma), PPO                             Agent, gae, ppo_update
-    Algorithm: rollout, policy update, belief update             main
+    Algorithm: rollout, policy update, belief update             main, rollout, ppo_update, update_belief
 
 Where this leaves the paper, and the authors' code
     An iteration is one meta-episode of every environment; a belief starts from the prior exactly there.
     After an episode's end the policy sees the next one's first state (theirs: the last one, with a flag), encoder and
     decoders the true successor, without a flag.
-    Terms of the ELBO are means over batch, posteriors and transitions (theirs: the KL is a sum over the batch).
+    Terms of the ELBO are means (theirs: sums over posteriors and transitions, and of the KL over the batch, too).
     Credit flows between the episodes of a task; --time-limit episode cuts it, as they do off the grid.
     GridWorld: the entropy bonus falls from .04 to .01 (theirs: .01 throughout, and some seeds stop searching).
     Off the grid the belief model's inputs are standardised, and the state decoder predicts s' - s.
@@ -75,7 +75,7 @@ class PPO:
     obs_embed: Count = 16  # policy's embedding of the observation
     belief_embed: Count = 16  # policy's embedding of each part of the belief
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
-    # that nothing tells the few training tasks by where things happen to stand (ours).
+    # that the policy cannot tell the few training tasks apart by where things happen to stand (ours).
     obs_shift: AtLeast0 = 0.0
     std_init: Above0 = 1.0  # deviation of a continuous action at the start
     std_min: Above0 = 0.01  # its lower bound, reached softly
@@ -162,7 +162,7 @@ class Agent(nn.Module):
         self.belief_sizes, self.discrete = belief_sizes, hasattr(action_space, "n")
         n_out = int(action_space.n) if self.discrete else action_space.shape[0]
         self.std = None if self.discrete else BoundedStd(n_out, args.std_init, args.std_min, args.std_max)
-        # In training the code of a test's family is constant: a higher floor keeps the oracle from blowing it up.
+        # A held-out family's entry of the true task is constant in training: a higher floor keeps it from blowing up.
         min_std = 0.02 if args.oracle_context else 1e-4
         self.obs_norm, self.belief_norm = RunningNorm(obs_dim), RunningNorm(sum(belief_sizes.values()), min_std)
         self.return_norm, self.first_norm = RunningNorm(1), RunningNorm(obs_dim)
@@ -336,9 +336,14 @@ class BeliefModel(nn.Module):
         """q(m | tau_:t): hidden (..., D) -> mean, logvar (..., Z). The prior of a meta-episode is that of hidden 0."""
         return self.heads(hidden).chunk(2, -1)
 
-    def belief(self, hidden, deterministic=False):
+    def belief(self, hidden):
         """What the policy sees, the parts of `belief_sizes` side by side: hidden (N, D) -> (N, 2 Z)."""
         return self.heads(hidden)
+
+
+def gaussian(mean, logvar):
+    """A reparameterised sample of N(mean, exp(logvar))."""
+    return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
 
 
 def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
@@ -404,10 +409,10 @@ def elbo(model, batch, args):
         kl = kl_gaussians(mean, logvar, *before)
     real = torch.cat([torch.ones_like(batch["alive"][:1]), batch["alive"]])  # not after a step of an idle environment
     mean, logvar, kl, real = draw_posteriors(args, mean, logvar, kl, real)
-    m = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    m = gaussian(mean, logvar)
     reward_loss, state_loss = reconstruction(model, m, real, batch, args)
     kl = average(kl, real)
-    loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl
+    loss = args.state_coef * state_loss + args.reward_coef * reward_loss + args.kl_coef * kl
     return loss, dict(loss=loss, reward=reward_loss, state=state_loss, kl=kl)
 
 
@@ -544,7 +549,7 @@ class Buffer:
 
 
 def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=False):
-    """One meta-episode in every environment, from a reset and the prior belief; blind: with zeros in its place.
+    """One meta-episode in every environment, from a reset and the belief before any step; blind: zeros in its place.
 
     Returns what `records` and `outcomes` name, beliefs (T + 1, N, .), first_obs (N, S), task (N, G), env_seconds, the
     time spent in `envs.step`, and details: what an evaluation keeps of each environment, its last belief by parts.
@@ -553,7 +558,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
     beliefs = torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device)
     data = records(envs) | dict(beliefs=beliefs)
     env_seconds = 0.0
-    with torch.inference_mode():
+    with torch.inference_mode():  # beliefs are data for PPO: no gradient of its flows into encoder and heads
         obs, info = envs.reset(tasks)
         data["first_obs"] = obs.clone()
         shift = torch.zeros_like(obs)
@@ -568,7 +573,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             elif blind:
                 belief = data["beliefs"][0]  # zeros
             else:
-                belief = model.belief(hidden, deterministic)
+                belief = model.belief(hidden)
             data["beliefs"][t] = belief
             if t == T:
                 break
@@ -578,14 +583,14 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             obs, reward, terminated, _, info = envs.step(action)
             env_seconds += time.perf_counter() - start
             data["raw_rewards"][t] = info.get("raw_reward", reward)
-            next_obs = info["final_obs"] + shift
+            next_obs = info["final_obs"] + shift  # at an episode's end obs is the next one's first state; same task
             data["next_obs"][t], data["actions"][t], data["rewards"][t] = next_obs, action, reward
             data["terminated"][t] = terminated
             for name in ("alive", "success"):
                 if name in info:
                     data[name][t] = info[name]
             if not (args.oracle_context or blind):
-                hidden = model.step(action, next_obs, reward, hidden)
+                hidden = model.step(action, next_obs, reward, hidden)  # goes on over the episodes of the task
     details = {f"belief_{name}": part for name, part in agent.named(data["beliefs"][-1]).items()}
     return data | outcomes(data, envs) | dict(details=details, env_seconds=env_seconds)
 
@@ -605,8 +610,7 @@ def main(args):
         belief_optimizer = torch.optim.Adam(model.parameters(), lr=args.belief_learning_rate, fused=True)
         buffer = Buffer(share(args.buffer_size), envs)
         parts = dict(agent=agent, model=model, optimizer=optimizer, belief_optimizer=belief_optimizer)
-        rows = min(args.buffer_size, max(args.num_envs, args.total_timesteps // envs.meta_horizon)) * learns_belief
-        run.keep(**parts, own=dict(buffer=buffer), room=rows * buffer.row_bytes)
+        run.keep(**parts, own=dict(buffer=buffer), room=run.rows() * buffer.row_bytes * learns_belief)
         run.compile(agent, "act", "forward")
         run.compile(model, "step", "belief")
 
@@ -614,7 +618,7 @@ def main(args):
             return rollout(envs, agent, model, args, is_blind(run.global_step, args), tasks, deterministic)
 
         for _ in run.iterations(args.total_timesteps // steps, steps):
-            left = run.left()
+            left = run.left()  # share of the training that is to come: from 1 down
             optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
             belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
             ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
@@ -625,7 +629,7 @@ def main(args):
             check_finite(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
             run.lap("rollout")
 
-            with torch.no_grad():
+            with torch.no_grad():  # log-probabilities and values of the policy that played
                 data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
                 last = agent.value(data["next_obs"][-1], data["beliefs"][-1])
             data["values"] = torch.cat([values, last[None]])
@@ -636,7 +640,7 @@ def main(args):
             losses = {}
             if run.global_step > max(steps, args.precollect):
                 losses = ppo_update(agent, optimizer, data, ent_coef, args)
-            # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
+            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
             agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
             agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
             if not blind:
@@ -644,7 +648,7 @@ def main(args):
             run.lap("ppo")
 
             if learns_belief:
-                if args.standardise_inputs:  # the changes fall with the number of steps
+                if args.standardise_inputs:  # each update moves them less
                     model.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
                     model.reward_norm.update(data["rewards"].view(-1, 1), alive.flatten())
                 buffer.add(data)
