@@ -52,8 +52,9 @@ class Experiment:
     seed: Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)] = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes and steps where a CPU's preset has its own
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
-    total_timesteps: Count = 20_000_000  # environment steps, summed over environments
-    num_envs: Count = 16  # environments stepped together (N)
+    # Environment steps, summed over environments (laser.py: real steps of both phases, at most; 0 = no bound).
+    total_timesteps: Count = 20_000_000
+    num_envs: Count = 16  # environments stepped together (N); laser.py: tasks of an iteration
     horizon: Count0 = 0  # steps of an episode (H); 0 = the environment's own
     episodes_per_task: Count0 = 0  # episodes of a meta-episode (K), which is an iteration; 0 = the environment's own
     eval_interval: int = 500  # iterations between evaluations; 0 = only at the end; negative = never
@@ -71,39 +72,49 @@ class Experiment:
     session_process: Literal["", "fixed", "poisson", "bernoulli"] = ""  # their lengths; empty = the environment's own
 
 
-def parse_args(Args, presets, small, argv=None):
+def parse_args(Args, presets, small, argv=None, inherited=None):
     """The command line over the arguments saved in --resume or --evaluate, else over the preset of --env-id.
 
     presets: by environment or family ("ML1" for "ML1-reach"); "module:factory" is for all others, a user's own too.
-    small: what is laid over them on machines without a GPU. Raises BadInput for an argument out of bounds.
+    small: what is laid over them on machines without a GPU. inherited: by the name of an option that takes another
+    run's checkpoint, the arguments whose defaults are that run's. Raises BadInput for an argument out of bounds.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--cuda", action=argparse.BooleanOptionalAction)
     early.add_argument("--resume", default="")
     early.add_argument("--evaluate", default="")
+    for name in inherited or ():
+        early.add_argument(flag(name), default="")
     known = early.parse_known_args(argv)[0]
     defaults = {f.name: f.default for f in fields(Args)}
     path = known.resume or known.evaluate
     if path:
-        state = load_checkpoint(path, script_of(Args))
-        odd = state["args"].keys() ^ defaults.keys()
-        if odd:
-            raise BadInput(
-                f"{path} comes from another version of {script_of(Args)}: its arguments differ in {names(odd)}"
-            )
-        defaults |= state["args"] | dict(resume="", evaluate="", run_dir=str(Path(path).parent))
+        defaults |= saved_args(path, Args) | dict(resume="", evaluate="", run_dir=str(Path(path).parent))
     else:
         name = known.env_id.removesuffix("-v2").removesuffix("-v3")
         family = name.split("-")[0]
         defaults |= presets.get(name, presets.get(family, presets["module:factory"]))
         defaults |= {} if known.cuda else small.get(name, small.get(family, {}))
+        for option, those in (inherited or {}).items():
+            if other := getattr(known, option):
+                saved = saved_args(other, Args)
+                defaults |= {name: saved[name] for name in those}
     groups = [base for base in Args.__mro__[:0:-1] if is_dataclass(base)]  # one heading each in --help
     values = [group(**{f.name: defaults[f.name] for f in fields(group)}) for group in groups]
     grouped = make_dataclass("Args", [(group.__name__, tyro.conf.OmitArgPrefixes[group]) for group in groups])
     given = tyro.cli(grouped, args=argv, default=grouped(*values), prog=f"{script_of(Args)}.py")
     args = Args(**{name: value for part in vars(given).values() for name, value in vars(part).items()})
     check_bounds(args)
+    return args
+
+
+def saved_args(path, Args):
+    """The arguments in a checkpoint, by name. Raises BadInput where they are not those of Args."""
+    args = load_checkpoint(path, script_of(Args))["args"]
+    odd = args.keys() ^ {f.name for f in fields(Args)}
+    if odd:
+        raise BadInput(f"{path} comes from another version of {script_of(Args)}: its arguments differ in {names(odd)}")
     return args
 
 

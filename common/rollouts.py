@@ -1,5 +1,7 @@
 """What a rollout records, and what is reported of it."""
 
+import time
+
 import numpy as np
 import torch
 
@@ -24,6 +26,20 @@ def records(envs):
         alive=torch.ones(T, N, device=device, dtype=torch.bool),
         success=torch.zeros(T, N, device=device, dtype=torch.bool),
     )
+
+
+def record_step(envs, data, t, obs, action):
+    """Step t of a rollout: an action in every environment, recorded in `data`. Returns the obs to act on next."""
+    begin = time.perf_counter()
+    following, reward, terminated, _, info = envs.step(action)
+    data["env_seconds"] += time.perf_counter() - begin
+    data["obs"][t], data["next_obs"][t], data["actions"][t] = obs, info["final_obs"], action
+    data["rewards"][t], data["terminated"][t] = reward, terminated
+    data["raw_rewards"][t] = info.get("raw_reward", reward)
+    for name in ("alive", "success"):
+        if name in info:
+            data[name][t] = info[name]
+    return following
 
 
 def outcomes(data, envs):

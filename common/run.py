@@ -9,7 +9,7 @@ def main(args):
             run.log(losses, data)
             if run.due(args.eval_interval):
                 run.evaluate(play)
-            if run.due(args.checkpoint_interval) or run.stopped():
+            if run.stopped() or run.due(args.checkpoint_interval):
                 run.save()
         run.finish(play, draw)
 
@@ -102,6 +102,7 @@ class Run:
         args = self.args
         refuse(
             (args.num_envs % ranks(), f"--num-envs {args.num_envs}: {ranks()} processes cannot share them"),
+            (args.belief_batch < ranks(), f"--belief-batch {args.belief_batch}: {ranks()} processes cannot share it"),
             (args.resume and args.evaluate, "--resume and --evaluate exclude each other"),
             (args.capture_video and not args.evaluate, "--capture-video goes with --evaluate"),
             (args.evaluate and ranks() > 1, "--evaluate is for one process"),
@@ -148,6 +149,11 @@ class Run:
             by_family.setdefault(name.split("/")[0], []).append(name)
         return [name for named in by_family.values() for name in named[: self.args.eval_tasks or None]]
 
+    def rows(self):
+        """How many meta-episodes this run will put into its buffer, or the buffer holds."""
+        played = self.args.total_timesteps // self.envs.meta_horizon
+        return min(self.args.buffer_size, max(self.args.num_envs, played))
+
     def truth(self):
         """info of a reset to named tasks, which draws none: the sizes of what an oracle is told."""
         return self.envs.reset(tasks=[self.envs.tasks[0]] * self.envs.num_envs)[1]
@@ -181,12 +187,12 @@ class Run:
     def restore(self, fixed):
         """Loads the checkpoint: of --evaluate the modules alone. Raises BadInput where it does not fit."""
         args, state, path = self.args, self.state, self.args.resume or self.args.evaluate
-        odd = state.keys() ^ {*CHECKPOINT, *self.parts}
-        if odd:
-            raise BadInput(f"{path} is not a whole checkpoint, or more than one: {names(odd)}")
         for name in f"{FIXED} {fixed}".split() if args.resume else fixed.split():
             if getattr(args, name) != state["args"][name]:
                 raise BadInput(f"{flag(name)} {getattr(args, name)}: {path} was saved with {state['args'][name]}")
+        odd = state.keys() ^ {*CHECKPOINT, *self.parts}
+        if odd:
+            raise BadInput(f"{path} is not a whole checkpoint, or more than one: {names(odd)}")
         if args.evaluate:
             modules = {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
             return load_modules(path, state, modules)
@@ -235,13 +241,16 @@ class Run:
         second one the process. With --evaluate there is nothing to do.
         """
         self.last = max(1, last)
-        if self.args.evaluate:
+        if self.args.evaluate or self.stop:
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda n, _: os._exit(128 + n) if self.signals else self.signals.append(n))
-        self.started, self.first_step = time.time(), self.global_step
+        if self.progress:  # of a loop before this one
+            self.progress.close()
+        else:
+            self.started, self.first_step = time.time(), self.global_step
         self.progress = tqdm(
-            total=self.last * steps, initial=self.iteration * steps, unit=unit, unit_scale=True, mininterval=1,
+            total=self.last * steps, initial=self.iteration * steps, unit=unit, unit_scale=steps > 1, mininterval=1,
             desc=about, disable=not leads(),
         )  # fmt: skip
         while self.iteration < self.last and not self.stop:
@@ -304,12 +313,13 @@ class Run:
 
     # ----- evaluation
 
-    def evaluate(self, play, summarise=None):
+    def evaluate(self, play, summarise=None, rename=str):
         """Every evaluation task of every split once, over its K episodes, with random numbers of its own; written.
 
         play(envs, tasks, deterministic): a rollout in named tasks; of what it returns, `episode_return` and
         `episode_success` (K, N) and the tensors (N, .) in `details`, if any, are kept for each task, in eval.json.
-        summarise(tasks): a split's scalars by name; `by_episode` if None. Returns scalars by key.
+        summarise(tasks): a split's scalars by name; `by_episode` if None. rename(name): what they, and those of the
+        environment's `score`, are called. Returns scalars by key.
         """
         if not self.eval_envs:
             return {}
@@ -321,7 +331,7 @@ class Run:
                 found = (summarise or by_episode)(tasks)
                 if hasattr(envs, "score"):
                     found |= envs.score({name: task["return"] for name, task in tasks.items()})
-                scalars |= {f"eval/{split}/{key}": value for key, value in found.items()}
+                scalars |= {f"eval/{split}/{rename(key)}": value for key, value in found.items()}
         self.shown |= {"test return": scalars["eval/test/return"], "test success": scalars["eval/test/success_rate"]}
         if self.metrics:
             self.write(scalars, "evaluation")
@@ -394,10 +404,10 @@ class Run:
                 state |= dict(metrics_bytes=self.metrics.file.tell())
                 save_checkpoint(self.folder / "checkpoint.pt", state)
 
-    def finish(self, play, draw, summarise=None):
-        """With --evaluate, evaluates and films. Then, after the last iteration, pictures: draw(run, details)."""
+    def finish(self, play, draw, *how):
+        """With --evaluate, evaluates (how: see there) and films. Then, after the last iteration, draw(run, details)."""
         if self.args.evaluate:
-            for key, value in self.evaluate(play, summarise).items():
+            for key, value in self.evaluate(play, *how).items():
                 print(f"{key:<48} {value:.4f}")
         elif leads():
             self.progress.close()
@@ -433,11 +443,11 @@ class Run:
             raise
 
 
-def start(main, Args, presets, small=None):
+def start(main, Args, presets, small=None, inherited=None):
     """`python script.py`: exit status 2 after a user's mistake, 1 after a failure; the last checkpoint stands."""
     script = script_of(Args)
     try:
-        main(parse_args(Args, presets, small or {}))
+        main(parse_args(Args, presets, small or {}, inherited=inherited))
     except BadInput as error:
         print(f"{script}.py: {error}", file=sys.stderr)
         sys.exit(2)

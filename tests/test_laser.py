@@ -12,9 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import common.run
 import laser
+from common.arguments import flag, parse_args
 from common.envs import BadInput, make_envs
-from tests.test_belief import signals  # noqa: F401
+from common.tokens import Slots, seen_slots
+from tests.test_belief import check, signals  # noqa: F401
 from tests.test_scripts import command, metrics, same
 
 torch.set_num_threads(1)
@@ -23,7 +26,7 @@ SIZES = dict(
     feed_forward=16, buffer_size=6, obs_embed=5, policy_layers=(7, 6), explore_layers=(6,), context_layers=(9, 7),
     exploit_episodes=2, eval_episodes=2, update_epochs=2, explore_epochs=2, sigma=0.5,
 )  # fmt: skip
-TINY = [word for name, x in SIZES.items() for word in (laser.flag(name), *map(str, x if type(x) is tuple else [x]))]
+TINY = [word for name, x in SIZES.items() for word in (flag(name), *map(str, x if type(x) is tuple else [x]))]
 TINY += "--belief-updates 2 --explore-iterations 3 --initial-iterations 1 --contrastive-warmup 1 --nu 2 ".split()
 TINY += (
     "--task-iterations 3 --checkpoint-interval 2 --eval-interval 2 --eval-tasks 4 --norm-inputs --norm-reward".split()
@@ -34,7 +37,7 @@ def setup(env_id="MEWA", **changes):
     """Arguments, environments (P tasks, Q meta-episodes of each), and all networks, their small codes made larger."""
     own = dict(env_id=env_id, norm_inputs=True, norm_reward=True)
     args = laser.Args(**(laser.PRESETS.get(env_id, {}) | SIZES | own | changes))
-    laser.check_args(args)
+    check(laser, args)
     envs = make_envs(
         env_id, args.num_envs * args.meta_episodes, horizon=args.horizon, episodes_per_task=args.episodes_per_task
     )
@@ -74,7 +77,7 @@ def count(*modules):
 def test_parameters_of_table_4():
     """All numbers of the paper's table, but for an encoder's layer that the authors' code makes and never calls. The
     table has 18 numbers of observation and continuous actions; a MEWA run has 19, and discrete ones."""
-    args = laser.Args()
+    args = laser.Args(horizon=50, episodes_per_task=4)
     box = SimpleNamespace(shape=(4,))
     encoder, heads = laser.Encoder(args, 18 + 4 + 1), laser.Heads(args, 18 + 4 + 1, 204)
     assert count(encoder.f_u, encoder.gamma_head) == 1_601_600
@@ -167,17 +170,33 @@ def test_idle_slots_do_not_count(mewa):
             for a, b in zip(first, (gammas, Z, pooled, c)):
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert all(not codes[~valid].any() and codes[valid].any() for codes in (gammas, Z, c))
-    mask = s.encoder.seen(valid)[:, None, None]
-    out = s.encoder.f_b(tokens, torch.arange(63), mask)
+    out = s.encoder.f_b(tokens, torch.arange(63), seen_slots(valid, True)[:, None, None])
     for n, k in ((1, 0), (1, 1), (3, 2)):
         own = [out[n, t].mean() for t in range(21 * k, 21 * k + 21) if valid[n, t]]
         assert pooled[n, k].item() == pytest.approx(torch.stack(own).mean().item(), abs=1e-5)
 
 
-def every_slot(encoder, valid):
-    """In place of Encoder.used: all slots, as if none were idle in all sequences."""
-    slots = torch.arange(valid.shape[1], device=valid.device)
-    return slots, encoder.seen(valid)[:, None, None], encoder.shown(valid)
+def test_slots():
+    """What is computed, seen and shown, slot by slot, and what codes become; idle slots masked or not."""
+    valid = torch.tensor([[1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]]) > 0
+    x = torch.randn(3, 6, 4)
+    for mask_idle, every, computed in ((True, False, [0, 1, 3, 4]), (True, True, range(6)), (False, False, range(6))):
+        slots = Slots(valid, mask_idle, every)
+        shown = [[bool(valid[n, t]) or not mask_idle for t in computed] for n in range(3)]
+        seen = [[shown[n][i] or t == 0 for i, t in enumerate(computed)] for n in range(3)]
+        assert slots.numbers.tolist() == list(computed) and slots.shown[..., 0].tolist() == shown
+        assert slots.seen[:, 0, 0].tolist() == seen
+        causal = [[[seen[n][b] and t <= u for b, t in enumerate(computed)] for u in computed] for n in range(3)]
+        assert slots.causal()[:, 0].tolist() == causal
+        back, means = slots.spread(slots.take(x)), slots.means(slots.take(x), 2)
+        for n in range(3):
+            for t in range(6):
+                counts = bool(valid[n, t]) or not mask_idle
+                assert torch.equal(back[n, t], x[n, t] * counts)
+            for k in range(2):
+                own = [x[n, t].mean() for t in range(3 * k, 3 * k + 3) if valid[n, t] or not mask_idle]
+                expected = torch.stack(own).mean().item() if own else 0
+                assert means[n, k].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_slots_that_none_has_are_left_out(mewa, monkeypatch):
@@ -191,8 +210,8 @@ def test_slots_that_none_has_are_left_out(mewa, monkeypatch):
     monkeypatch.setattr(
         laser.Block, "forward", lambda self, x, *a, **b: ran.append(x.shape[1]) or run(self, x, *a, **b)
     )
-    for choice, count in ((laser.Encoder.used, 63 - 4 - 12 - 1), (every_slot, 63)):
-        monkeypatch.setattr(laser.Encoder, "used", choice)
+    for every, count in ((False, 63 - 4 - 12 - 1), (True, 63)):
+        monkeypatch.setattr(s.encoder, "every_slot", every)
         ran.clear()
         torch.manual_seed(1)
         s.encoder.zero_grad()
@@ -209,7 +228,7 @@ def test_context(mewa):
     s, valid = mewa, mewa.batch["valid"][0]
     gammas, Z, z = torch.randn(3, 4, 63, 8)[0], torch.randn(4, 63, 8), torch.randn(8)
     c = s.encoder.context(Z, gammas, z, valid)
-    x = s.encoder.h_gamma(gammas, Z, s.encoder.seen(valid)[:, None, None])
+    x = s.encoder.h_gamma(gammas, Z, seen_slots(valid, True)[:, None, None])
     value = s.encoder.h_z.qkv(s.encoder.z_embed(z))[16:]
     x = x + s.encoder.h_z.out(value)
     torch.testing.assert_close(c[valid], (x + s.encoder.h_z.net(x))[valid], atol=1e-5, rtol=1e-5)
@@ -425,19 +444,23 @@ def test_meta_bonus_is_gae_of_the_meta_reward():
     args = laser.Args(horizon=9)
     alive = torch.arange(9)[:, None] < torch.tensor([9, 4, 1, 7])
     rewards, values, w, entropy = torch.randn(4, 9, 4) * alive
-    terminated = torch.zeros(9, 4, dtype=torch.bool)
-    values = torch.cat([values, torch.zeros(1, 4)])
-    first = laser.gae(rewards, values, terminated, alive, args)[0]
-    both = laser.gae(rewards + args.beta * w * entropy, values, terminated, alive, args)[0]
+    first = laser.gae(rewards, values, alive, args)
+    both = laser.gae(rewards + args.beta * w * entropy, values, alive, args)
     bonus = laser.meta_bonus(w, entropy, args)
     torch.testing.assert_close((both - first)[alive], bonus[alive], atol=1e-5, rtol=1e-5)
 
 
-def exploited(s, **changes):
+def true_tasks(num_envs, repeat):
+    """The tasks that so many environments draw first, of which `repeat` neighbours share one."""
+    return make_envs("MEWA", num_envs // repeat).reset()[1]["task"]
+
+
+def exploited(s):
     """A rollout of the task policy on MEWA, with true tasks for contexts, of uneven length."""
     envs = make_envs("MEWA", 6, horizon=s.args.horizon, episodes_per_task=1)
     envs.repeat = 2
-    data = laser.exploit(envs, s.agent, None, s.args)
+    data = laser.exploit(envs, s.agent, true_tasks(6, 2))
+    assert torch.equal(data["contexts"], data["task"][::2])
     data["alive"][9:, 1] = data["alive"][4:, 4] = False
     return data
 
@@ -508,6 +531,27 @@ def test_ppo_loss(detach, beta, monkeypatch):
         torch.testing.assert_close(grad, torch.zeros_like(p) if p.grad is None else p.grad, atol=1e-5, rtol=1e-3)
 
 
+def test_an_update_is_the_same_twice():
+    """Where threads share the work, too: they do at these sizes, those of MEWA's preset."""
+    args = laser.Args(horizon=50, episodes_per_task=4, d_model=32, std_init=0.5)
+    T, N, P = 50, 60, 12
+    torch.manual_seed(0)
+    start = laser.task_agent(args, 19, SimpleNamespace(n=4), 204 * 32)
+    alive = torch.rand(T, N) < 0.9
+    data = dict(obs=torch.randn(T, N, 19), actions=torch.randint(4, (T, N)), rewards=torch.randn(T, N), alive=alive)
+    data["contexts"] = torch.randn(P, 204 * 32)
+    after, threads = [], torch.get_num_threads()
+    torch.set_num_threads(4)
+    for _ in range(5):
+        agent = copy.deepcopy(start)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
+        torch.manual_seed(1)
+        laser.ppo_update(agent, optimizer, data, 1, 2, 0.2, args, meta=True)
+        after.append(agent.state_dict())
+    torch.set_num_threads(threads)
+    assert same(after[0], start.state_dict()) and [same(after[0], one) for one in after[1:]] == [[]] * 4
+
+
 def test_idle_steps_teach_no_policy():
     """Rewards, observations and actions of idle steps do not move the exploration policy; see test_ppo_loss."""
     s = setup(horizon=20)
@@ -535,13 +579,13 @@ def test_idle_steps_teach_no_policy():
 def test_buffer(env_id):
     """What comes out is what went in, to the last bit; a ring of tasks, their meta-episodes in another order."""
     s = setup(env_id, horizon=20)
-    buffer = laser.Buffer(5, s.envs)
+    buffer = laser.Buffer(5, s.envs, 4)
     seen = []
     for _ in range(3):  # nine tasks into five places
         data = laser.explore(s.envs, s.encoder, s.explorer, s.args)
         seen += [*data["tokens"].unflatten(0, (3, 4))]
         buffer.add(data)
-    everything = buffer.unpack(buffer.store)
+    everything = buffer.packing.unpack(buffer.store)
     for slot, number in enumerate((5, 6, 7, 8, 4)):
         assert torch.equal(everything["tokens"][slot], seen[number])
     sample, orders = buffer.sample(40), set()
@@ -553,7 +597,7 @@ def test_buffer(env_id):
         assert torch.equal(valid, (tokens != 0).any(-1) | (torch.arange(63) % 21 == 0))
     assert len(orders) > 5
     state = copy.deepcopy(buffer.state_dict())
-    other = laser.Buffer(5, s.envs)
+    other = laser.Buffer(5, s.envs, 4)
     other.load_state_dict(state)
     torch.manual_seed(1)
     first = buffer.sample(3)
@@ -563,9 +607,7 @@ def test_buffer(env_id):
 
 def test_a_hundred_thousand_tasks_fit():
     """The paper's buffer, 39 GB in float32, in less than 10."""
-    envs = make_envs("MEWA", 1)
-    row = laser.Buffer(100_000, envs).pack(torch.zeros(1, 204, 24), torch.ones(1, 204, dtype=torch.bool))
-    assert 100_000 * 20 * sum(x.nbytes for x in row.values()) < 10e9
+    assert laser.Buffer(100_000, make_envs("MEWA", 1), 20).row_bytes * 100_000 < 10e9
 
 
 def test_tokens_of_a_rollout():
@@ -594,21 +636,15 @@ def test_tokens_of_a_rollout():
     assert t == 36 and data["valid"].all()
 
 
-def test_both_phases_have_the_same_tasks(monkeypatch):
-    """An iteration of phase 2: the contexts are of the tasks that the task policy then plays."""
-    s = setup("MEWA")
-    envs = make_envs("MEWA", 3, horizon=12, episodes_per_task=3)
-    exploit_envs = make_envs("MEWA", 6, horizon=12, episodes_per_task=1)
-    exploit_envs.repeat = 2
-    exploit_envs.reset()  # one ahead
+def test_both_phases_have_the_same_tasks(monkeypatch, tmp_path):
+    """Iterations of phase 2: the contexts are of the tasks that the task policy then plays, and these are new ones."""
     tasks = []
     for name in ("explore", "exploit"):
         function = getattr(laser, name)
         monkeypatch.setattr(laser, name, lambda *a, f=function: (lambda d: tasks.append(d["task"].clone()) or d)(f(*a)))
-    optimizer = torch.optim.Adam(s.agent.parameters())
-    parts = dict(encoder=s.encoder, explorer=s.explorer, agent=s.agent, optimizer=optimizer)
-    for iteration in range(2):
-        laser.task_iteration(parts, envs, exploit_envs, iteration, s.args)
+    run(tmp_path, "--explore-iterations", 1, "--task-iterations", 2)
+    many, *tasks = tasks
+    assert len(many) == 12 and [len(x) for x in tasks] == [3, 6, 3, 6]
     assert torch.equal(tasks[0].repeat_interleave(2, 0), tasks[1]) and not torch.equal(tasks[0], tasks[2])
     assert torch.equal(tasks[2].repeat_interleave(2, 0), tasks[3])
 
@@ -617,11 +653,11 @@ def test_contexts_grow_with_exploration(mewa):
     """After k episodes the context is that of a meta-episode in which the others were not played."""
     names = mewa.envs.tasks[:12]
     torch.manual_seed(0)
-    blank, *contexts = laser.contexts_by_episode(mewa.envs, mewa.encoder, mewa.explorer, names, mewa.args)
+    blank, *contexts = laser.contexts_by_episode(mewa.envs, mewa.encoder, mewa.explorer, mewa.args, names, False)
     torch.manual_seed(0)
     data = laser.explore(mewa.envs, mewa.encoder, mewa.explorer, mewa.args, names)
     whole = mewa.encoder.task_context(data["tokens"], data["valid"], data["gammas"])
-    assert blank == "blank" and len(contexts) == 3
+    assert blank is None and len(contexts) == 3
     torch.testing.assert_close(contexts[-1], whole, atol=1e-5, rtol=1e-5)
     first = contexts[0].view(12, 63, 8)
     assert (
@@ -651,13 +687,13 @@ def test_meta_device(env_id, monkeypatch):
     envs = make_envs(env_id, 12, device=device, horizon=12, episodes_per_task=3)
     envs.repeat = 4
     # These wait, a few times an update, on purpose.
-    monkeypatch.setattr(laser, "check_finite", lambda **_: None)
-    monkeypatch.setattr(laser.Encoder, "used", every_slot)
+    monkeypatch.setattr("common.processes.check_finite", lambda **_: None)
+    encoder.every_slot = True
     data = laser.explore(envs, encoder, explorer, s.args)
     target = copy.deepcopy(heads.task_rec)
-    buffer = laser.Buffer(6, envs)
+    buffer = laser.Buffer(6, envs, 4)
     buffer.add(data)
-    batch = {name: x[:2] for name, x in buffer.unpack(buffer.store).items()}
+    batch = {name: x[:2] for name, x in buffer.packing.unpack(buffer.store).items()}
     loss = laser.encoder_loss(encoder, heads, target, batch, s.S, s.args)[0]
     optimizer = torch.optim.Adam([*encoder.parameters(), *heads.parameters()])
     laser.descend(optimizer, loss, [encoder, heads], 0, "encoder")
@@ -669,7 +705,7 @@ def test_meta_device(env_id, monkeypatch):
         contexts = encoder.task_context(data["tokens"], data["valid"], data["gammas"])
     exploit_envs = make_envs(env_id, 24, device=device, horizon=12, episodes_per_task=1)
     exploit_envs.repeat = 2
-    data = laser.exploit(exploit_envs, agent, contexts, s.args)
+    data = laser.exploit(exploit_envs, agent, contexts)
     data["rewards"] = laser.normalise_rewards(data["rewards"], data["alive"], agent.return_norm, s.args)
     laser.ppo_update(agent, torch.optim.Adam(agent.parameters()), data, 1, 2, 0.1, s.args, meta=True)
 
@@ -677,13 +713,31 @@ def test_meta_device(env_id, monkeypatch):
 # ---------- The program ----------
 
 
-def run(folder, *words, eval_interval=-1):
-    """A tiny run through both phases; every iteration is logged. Returns its last checkpoint."""
+def parse(*words):
+    """The arguments of `python laser.py words`."""
+    inherited = dict(explored=laser.ENCODER)
+    return parse_args(laser.Args, laser.PRESETS, laser.SMALL, [*map(str, words)], inherited)
+
+
+def main(*words):
+    """`python laser.py words` in this process, every iteration logged; mistakes and failures raise.
+
+    With one thread: at these sizes more would wait for each other.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laser, "LOG_EVERY", 1)
-        argv = [*TINY, "--eval-interval", str(eval_interval), "--run-dir", str(folder), *map(str, words)]
-        laser.main(laser.parse_args(argv))
+        patch.setattr(common.run, "LOG_EVERY", 1)
+        patch.setattr(laser, "cores", lambda: 1)
+        laser.main(parse(*words))
+
+
+def run(folder, *words, eval_interval=-1):
+    """A tiny run through both phases. Returns its last checkpoint."""
+    main(*TINY, "--eval-interval", eval_interval, "--run-dir", folder, *words)
     return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+PHASE_1 = {"heads", "target", "belief_optimizer", "explore_optimizer"}
+PHASE_2 = {"encoder", "explorer", "agent", "optimizer"}
 
 
 @pytest.fixture(scope="module")
@@ -711,14 +765,33 @@ def test_what_a_run_leaves(trained):
     losses = {f"losses/encoder_{name}" for name in ("rec", "task_rec", "contrastive", "regulariser")}
     assert losses | {"charts/exploration_return", "charts/episodic_return", "losses/explore_policy"} <= keys
     assert end["iteration"] == 6 and end["encoder"]["z_hat"].any()
-    assert not end["processes"][0]["buffer"]["store"]  # phase 2 does without
+    assert end.keys() >= PHASE_2 and not end.keys() & PHASE_1  # phase 2 does without
+    assert end["processes"][0].keys() == {"envs", "exploit_envs", "rng"}
+
+
+def test_names_of_an_evaluation():
+    """Means over tasks, after 0, 1, 2 episodes, in the environment's score, too."""
+    tasks = {
+        "a/0": dict({"return": [1.0, 3.0, 2.0]}, success=[0.0, 1.0, 0.5]),
+        "b/0": dict({"return": [6.0, 1.0, 8.0]}, success=[0.25, 0.0, 1.0]),
+    }
+    assert {laser.after(name): value for name, value in laser.summarise(tasks).items()} == pytest.approx(
+        {
+            "return_after_0": 3.5, "return_after_1": 2, "return_after_2": 5, "return": 5, "return_adaptation": 1.5,
+            "return/a": 2, "return/b": 8, "success_rate_after_0": 0.125, "success_rate_after_1": 0.5,
+            "success_rate_after_2": 0.75, "success_rate": 0.75, "success_rate_adaptation": 0.625,
+            "success_rate/a": 0.5, "success_rate/b": 1,
+        }
+    )  # fmt: skip
+    names = ["score_episode_1", "score_episode_12", "score", "score/MEWA/3", "best_fixed_score"]
+    assert [laser.after(name) for name in names] == ["score_after_0", "score_after_11", *names[2:]]
 
 
 def test_evaluation_again(trained, tmp_path, capsys):
     """--evaluate gives the numbers written at the end of training."""
     folder, _ = trained
     shutil.copy(folder / "checkpoint.pt", tmp_path)
-    laser.main(laser.parse_args(["--evaluate", str(tmp_path / "checkpoint.pt")]))
+    main("--evaluate", tmp_path / "checkpoint.pt")
     assert json.loads((tmp_path / "eval.json").read_text()) == json.loads((folder / "eval.json").read_text())
 
 
@@ -750,7 +823,7 @@ IDLE = "--horizon 30 --num-envs 1 --meta-episodes 1 --belief-batch 1".split()  #
 @pytest.mark.parametrize("stop, words", [(1, []), (2, []), (3, []), (4, []), (2, IDLE), (4, IDLE)])
 def test_resume(stop, words, tmp_path):
     """Stopped in either phase, or between them, and resumed: bit for bit what the run makes without a stop."""
-    straight, folder, save = tmp_path / "straight", tmp_path / "resumed", laser.save_checkpoint
+    straight, folder, save = tmp_path / "straight", tmp_path / "resumed", common.run.save_checkpoint
 
     def save_and_keep(path, state):
         save(path, state)
@@ -758,11 +831,9 @@ def test_resume(stop, words, tmp_path):
             shutil.copytree(path.parent, folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laser, "save_checkpoint", save_and_keep)
+        patch.setattr(common.run, "save_checkpoint", save_and_keep)
         run(straight, "--checkpoint-interval", 1, *words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laser, "LOG_EVERY", 1)
-        laser.main(laser.parse_args(["--resume", str(folder / "checkpoint.pt")]))
+    main("--resume", folder / "checkpoint.pt")
     again = torch.load(folder / "checkpoint.pt")
     end = torch.load(straight / "checkpoint.pt")
     assert set(same(end, again)) <= {"/args/run_dir", "/args/resume", "/metrics_bytes"}
@@ -775,7 +846,7 @@ def test_phase_2_of_another_run(trained, tmp_path):
     other = run(tmp_path, "--explored", folder / "checkpoint.pt", "--seed", "5")
     assert same(end["encoder"], other["encoder"]) == [] == same(end["explorer"], other["explorer"])
     assert other["iteration"] == 3 and same(end["agent"], other["agent"])
-    assert not other["belief_optimizer"]["state"] and {k for _, k, _ in metrics(tmp_path)} >= {"charts/episodic_return"}
+    assert not other.keys() & PHASE_1 and {k for _, k, _ in metrics(tmp_path)} >= {"charts/episodic_return"}
 
 
 @pytest.mark.parametrize("context", ["--no-belief", "--oracle-context"])
@@ -784,7 +855,7 @@ def test_floor_and_ceiling(context, tmp_path, monkeypatch):
     made, exploit = [], laser.exploit
     monkeypatch.setattr(laser, "exploit", lambda *a: made.append(exploit(*a)) or made[-1])
     end = run(tmp_path, context, eval_interval=0)
-    assert end["iteration"] == 3 and not end["belief_optimizer"]["state"]
+    assert end["iteration"] == 3 and not end.keys() & PHASE_1
     for data in made[:3]:
         truth = data["task"][::2]
         assert torch.equal(data["contexts"], truth if context == "--oracle-context" else torch.zeros(3, 1))
@@ -860,9 +931,10 @@ def test_bad_input(words, named, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "flag, words, named",
     [
-        ("--resume", "--meta-episodes 5", "z head"),
-        ("--resume", "--episodes-per-task 2", "z head"),
-        ("--explored", "--meta-episodes 5", "z head"),
+        ("--resume", "--meta-episodes 5", "--meta-episodes 5"),
+        ("--resume", "--episodes-per-task 2", "--episodes-per-task 2"),
+        ("--evaluate", "--meta-episodes 5", "--meta-episodes 5"),
+        ("--explored", "--meta-episodes 5", "--meta-episodes 5: the encoder of"),
         ("--explored", "--num-heads 4", "--num-heads 4: the encoder of"),
         ("--explored", "--horizon 13", "--horizon 13: the encoder of"),
         ("--explored", "--no-mask-pads", "--mask-pads False"),
@@ -900,8 +972,8 @@ def test_one_process(monkeypatch):
 def test_presets(env_id, cuda, monkeypatch):
     """All pass the checks; without --cuda there is a smaller one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    args = laser.parse_args(["--env-id", env_id] + ["--cuda"] * cuda)
-    laser.check_args(args)
+    args = parse("--env-id", env_id, *["--cuda"] * cuda)
+    check(laser, args)
     small = env_id not in laser.PRESETS or not cuda
     assert (args.d_model < 128) == small and args.buffer_size >= args.num_envs
 
@@ -938,7 +1010,7 @@ def test_partial_contexts_without_masks():
     s = setup(mask_pads=False)
     names = s.envs.tasks[:12]
     torch.manual_seed(0)
-    _, first, *_ = laser.contexts_by_episode(s.envs, s.encoder, s.explorer, names, s.args)
+    _, first, *_ = laser.contexts_by_episode(s.envs, s.encoder, s.explorer, s.args, names, False)
     torch.manual_seed(0)
     data = laser.explore(s.envs, s.encoder, s.explorer, s.args, names)
     tokens, valid = (torch.cat([data[k][:, :13], torch.zeros_like(data[k][:, 13:])], 1) for k in ("tokens", "valid"))
@@ -964,31 +1036,31 @@ def test_all_steps_or_the_real_ones(monkeypatch):
 
 def test_who_learns_when(tmp_path):
     """The exploration policy not before its time, the target at every nu-th iteration, z^ after phase 1."""
-    made, save = {}, laser.save_checkpoint
+    made, save = {}, common.run.save_checkpoint
 
     def keep(path, state):
         made[state["iteration"]] = copy.deepcopy(state)
         save(path, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laser, "save_checkpoint", keep)
+        patch.setattr(common.run, "save_checkpoint", keep)
         run(tmp_path, "--checkpoint-interval", 1, "--explore-iterations", 5, "--initial-iterations", 2)
     still = [same(made[i]["explorer"], made[i + 1]["explorer"]) == [] for i in range(1, 8)]
     assert still == [True, False, False, False, True, True, True]
     copied = [same(made[i]["target"], made[i + 1]["target"]) != [] for i in range(1, 4)]
     assert copied == [True, False, True]
     task_rec = {k.removeprefix("task_rec."): v for k, v in made[4]["heads"].items() if k.startswith("task_rec")}
-    assert same(task_rec, made[4]["target"]) == [] and not made[6]["heads"] and not made[6]["target"]
+    assert same(task_rec, made[4]["target"]) == [] and made[4].keys() >= PHASE_1 and not made[5].keys() & PHASE_1
     assert [bool(made[i]["encoder"]["z_hat"].any()) for i in (4, 5, 8)] == [False, True, True]
     assert same(made[5]["encoder"], made[8]["encoder"]) == [] and same(made[5]["agent"], made[6]["agent"])
 
 
 def test_learning_rates_of_a_resumed_run(tmp_path):
     """--resume with other step sizes: they hold."""
-    run(tmp_path, "--total-timesteps", 1)
-    words = "--total-timesteps 100000 --belief-learning-rate 0.5 --explore-learning-rate 0.25".split()
-    laser.main(laser.parse_args(["--resume", str(tmp_path / "checkpoint.pt"), *words, "--task-iterations", "0"]))
+    assert run(tmp_path, "--total-timesteps", 1)["iteration"] == 1
+    main("--resume", tmp_path / "checkpoint.pt", *"--belief-learning-rate 0.5 --explore-learning-rate 0.25".split())
     end = torch.load(tmp_path / "checkpoint.pt")
+    assert end["iteration"] == 2 and end["belief_optimizer"]["param_groups"][0]["lr"] == 0.5
     assert end["explore_optimizer"]["param_groups"][0]["lr"] == 0.25
 
 
