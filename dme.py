@@ -36,7 +36,6 @@ Where this leaves the paper
 """
 
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -52,7 +51,7 @@ from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experimen
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_mixture, draw_returns
 from common.processes import all_sum, check_finite, descend, leads, ranks, share
-from common.rollouts import outcomes, records
+from common.rollouts import obs_shift, outcomes, record_step, records
 from common.run import Run, start
 
 # ---------- 1. Arguments ----------
@@ -675,22 +674,17 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
     """One meta-episode in every environment, from a reset and the belief before any step; blind: zeros in its place.
 
     virtual: with the rewards that the decoder gives under a task drawn from the prior for each environment (11).
-    Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, true_rewards, raw_rewards, terminated, alive,
-    success (T, N), beliefs (T + 1, N, .), task (N, G), episode_return, episode_success (K, N), env_seconds, the time
-    spent in `envs.step`, and details: what an evaluation keeps of each environment, its last belief by parts.
+    Returns what `records` and `outcomes` name, true_rewards (T, N), the environments' own, beliefs (T + 1, N, .),
+    first_obs (N, S), task (N, G), and details: what an evaluation keeps of each environment, its last belief by parts.
     """
     T, N, device = envs.meta_horizon, envs.num_envs, envs.device
     beliefs = torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device)
     data = records(envs) | dict(beliefs=beliefs, true_rewards=torch.empty(T, N, device=device))
-    env_seconds = 0.0
     with torch.inference_mode():  # beliefs are data for PPO: no gradient of its flows into encoder and heads
         obs, info = envs.reset(tasks)
-        data["first_obs"] = obs.clone()
-        shift = torch.zeros_like(obs)
-        if args.obs_shift and agent.training and not args.oracle_context:  # the oracle knows where the goal stands
-            spread = agent.first_norm.var.sqrt() * (agent.first_norm.count > 0)
-            shift = args.obs_shift * spread * torch.randn_like(obs)
-        data["task"] = info["task"].clone()
+        data["first_obs"], data["task"] = obs.clone(), info["task"].clone()
+        shift = obs_shift(args, agent, obs)
+        obs = obs + shift
         hidden = torch.zeros(N, args.hidden_dim, device=device)
         z_virtual = model.virtual_tasks(N) if virtual else None
         for t in range(T + 1):
@@ -705,26 +699,16 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             data["beliefs"][t] = belief
             if t == T:
                 break
-            data["obs"][t] = obs = obs + shift
             action = agent.act(obs, belief, deterministic)
-            start = time.perf_counter()
-            obs, reward, terminated, _, info = envs.step(action)
-            env_seconds += time.perf_counter() - start
-            data["raw_rewards"][t] = info.get("raw_reward", reward)
-            next_obs = info["final_obs"] + shift  # at an episode's end obs is the next one's first state; same task
-            data["true_rewards"][t] = reward
+            obs, _ = record_step(envs, data, t, obs, action, shift)
+            data["true_rewards"][t] = data["rewards"][t]
             if virtual:
-                x = data["obs"][t : t + 1], action[None], next_obs[None]
-                reward = decoded_reward(model, z_virtual, *x, args)[0]
-            data["next_obs"][t], data["actions"][t], data["rewards"][t] = next_obs, action, reward
-            data["terminated"][t] = terminated
-            for name in ("alive", "success"):
-                if name in info:
-                    data[name][t] = info[name]
-            if not (args.oracle_context or blind):
-                hidden = model.step(action, next_obs, reward, hidden)  # goes on over the episodes of the task
+                x = data["obs"][t : t + 1], action[None], data["next_obs"][t : t + 1]
+                data["rewards"][t] = decoded_reward(model, z_virtual, *x, args)[0]
+            if not (args.oracle_context or blind):  # the belief goes on over the episodes of the task
+                hidden = model.step(action, data["next_obs"][t], data["rewards"][t], hidden)
     details = {f"belief_{name}": part for name, part in agent.named(data["beliefs"][-1]).items()}
-    return data | outcomes(data, envs) | dict(details=details, env_seconds=env_seconds)
+    return data | outcomes(data, envs) | dict(details=details)
 
 
 # ---------- 6. The algorithm ----------

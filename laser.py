@@ -765,7 +765,7 @@ def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
     N, device, (L, X), per_episode = envs.num_envs, envs.device, tokens_shape(envs), envs.horizon + 1
     tokens, valid = torch.zeros(N, L, X, device=device), torch.zeros(N, L, device=device, dtype=torch.bool)
     gammas = torch.empty(N, L, args.d_model, device=device)
-    data = records(envs) | dict(tokens=tokens, valid=valid, gammas=gammas, env_seconds=0.0)
+    data = records(envs) | dict(tokens=tokens, valid=valid, gammas=gammas)
     read, S = action_input(envs.single_action_space, device), data["obs"].shape[-1]
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
@@ -781,7 +781,7 @@ def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
                 idle = device.type == "cpu" and args.mask_pads and not valid[:, slot - 1].any()
                 if not idle:
                     action = explorer.act(obs, explorer.extract(gammas[:, slot - 1]), deterministic)
-                obs = record_step(envs, data, t, obs, action)
+                obs, _ = record_step(envs, data, t, obs, action)
                 valid[:, slot] = data["alive"][t]
                 token = torch.cat([data["next_obs"][t], read(action), data["rewards"][t, :, None]], -1)
                 tokens[:, slot] = token * valid[:, slot, None]
@@ -796,7 +796,7 @@ def exploit(envs, agent, contexts, tasks=None, deterministic=False):
     contexts (P, C), of groups of N / P neighbouring environments; None: no context. Returns a dict: what
     common.rollouts.records has, contexts, task (N, G), and env_seconds.
     """
-    data = records(envs) | dict(contexts=contexts, env_seconds=0.0)
+    data = records(envs) | dict(contexts=contexts)
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
         data["task"] = info["task"].clone()
@@ -805,7 +805,7 @@ def exploit(envs, agent, contexts, tasks=None, deterministic=False):
         else:
             features = agent.extract(contexts).repeat_interleave(envs.num_envs // len(contexts), 0)
         for t in range(envs.horizon):
-            obs = record_step(envs, data, t, obs, agent.act(obs, features, deterministic))
+            obs, _ = record_step(envs, data, t, obs, agent.act(obs, features, deterministic))
             if envs.device.type == "cpu" and not (data["alive"][t] & ~data["terminated"][t]).any():
                 data["obs"][t + 1 :] = data["next_obs"][t + 1 :] = obs  # all are done: the rest would be idle
                 for name in ("actions", "rewards", "raw_rewards", "alive"):

@@ -10,8 +10,9 @@ def records(envs):
     """Tensors, time-major, for what every rollout of T = K * H steps in N environments records, by name:
 
     obs, next_obs (T, N, S), the state before and after a step; actions, int64 (T, N) or float32 (T, N, A); rewards and
-    raw_rewards, in which returns are reported, terminated, alive, success (T, N). Made outside of inference mode, so
-    that updates may use them.
+    raw_rewards, in which returns are reported, terminated, success, and alive (T, N), False while an environment idles
+    after an early end of its episode: nothing counts such steps. Made outside of inference mode, so that updates may
+    use them. And env_seconds, the time spent in `envs.step`.
     """
     T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
     space, device = envs.single_action_space, envs.device
@@ -25,21 +26,31 @@ def records(envs):
         terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
         alive=torch.ones(T, N, device=device, dtype=torch.bool),
         success=torch.zeros(T, N, device=device, dtype=torch.bool),
+        env_seconds=0.0,
     )
 
 
-def record_step(envs, data, t, obs, action):
-    """Step t of a rollout: an action in every environment, recorded in `data`. Returns the obs to act on next."""
+def obs_shift(args, agent, obs):
+    """--obs-shift, of each environment's meta-episode in training: what is added to all of its observations (N, S)."""
+    if not args.obs_shift or not agent.training or args.oracle_context:  # the oracle knows where the goal stands
+        return torch.zeros_like(obs)
+    spread = agent.first_norm.var.sqrt() * (agent.first_norm.count > 0)
+    return args.obs_shift * spread * torch.randn_like(obs)
+
+
+def record_step(envs, data, t, obs, action, shift=0.0):
+    """Step t of a rollout: an action in every environment, recorded in `data`. Returns the obs to act on next, which
+    after an episode's end is the next one's first, and the environments' info."""
     begin = time.perf_counter()
     following, reward, terminated, _, info = envs.step(action)
     data["env_seconds"] += time.perf_counter() - begin
-    data["obs"][t], data["next_obs"][t], data["actions"][t] = obs, info["final_obs"], action
-    data["rewards"][t], data["terminated"][t] = reward, terminated
-    data["raw_rewards"][t] = info.get("raw_reward", reward)
+    data["obs"][t], data["next_obs"][t], data["actions"][t] = obs, info["final_obs"] + shift, action
+    data["rewards"][t], data["raw_rewards"][t] = reward, info.get("raw_reward", reward)
+    data["terminated"][t] = terminated
     for name in ("alive", "success"):
         if name in info:
             data[name][t] = info[name]
-    return following
+    return following + shift, info
 
 
 def outcomes(data, envs):
