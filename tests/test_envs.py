@@ -424,6 +424,9 @@ from common.envs.gridworld import GridWorld
 def small(num_envs, split, seed, device, horizon=3, episodes_per_task=2):
     return GridWorld(num_envs, split, seed, device, horizon, episodes_per_task)
 
+def any_sizes(*given, **sizes):
+    return small(*given, **sizes)
+
 def broken(num_envs, split, seed, device, **sizes):
     return undefined_name
 """
@@ -438,8 +441,9 @@ def test_own_factory(tmp_path, monkeypatch):
     assert isinstance(envs, TensorEnvs)
     assert (envs.num_envs, envs.split, envs.seed, envs.horizon, envs.meta_horizon) == (4, "test", 9, 3, 6)
     assert make_envs("own_envs:small", 4, horizon=5).meta_horizon == 10
-    with pytest.raises(NameError, match="undefined_name"):  # their own mistake keeps its traceback
+    assert make_envs("own_envs:any_sizes", 4, horizon=5).meta_horizon == 10
+    with pytest.raises(BadInput, match="NameError: .*undefined_name.*own_envs.py, line 11"):  # where their mistake is
         make_envs("own_envs:broken", 4)
     (tmp_path / "half.py").write_text("import sys\nsys.no_such_attribute\n")
-    with pytest.raises(AttributeError, match="no_such_attribute"):  # nor is it blamed on the factory's name
+    with pytest.raises(BadInput, match="AttributeError: .*no_such_attribute.*half.py, line 2"):
         make_envs("half:factory", 4)

@@ -1,5 +1,6 @@
 """envs/workers.py with toy environments: the protocol, reproducibility, and every way in which a worker can fail."""
 
+import contextlib
 import gc
 import glob
 import math
@@ -51,6 +52,7 @@ class Walk(gymnasium.Env):
             faults["hang"] = lambda: (print("it hangs", flush=True), time.sleep(1000))
             faults["kill"] = lambda: os.kill(os.getpid(), signal.SIGKILL)
             faults["quit"] = lambda: sys.exit("had enough")
+            faults["spin"] = lambda: (print("it spins", flush=True), sum(range(10**15)))  # and lets no thread run
             faults[self.fault]()
         done = self.steps == self.length
         return self.observe(action[0]), float(action.sum()) + self.noise, done, False, {"success": self.steps % 2 == 0}
@@ -133,6 +135,17 @@ def test_shapes_and_attributes(envs):
     assert envs.single_observation_space == Walk.observation_space and envs.single_action_space == Walk.action_space
     assert envs.tasks == ["walk/0", "walk/1", "walk/2", "run/0", "run/1", "run/2", "run/3"]
     assert envs.families == ["walk", "run"] and envs.split == "train"
+
+
+def test_many_environments():
+    """As many answers as a socket does not hold, of one worker; and of all that may be at fault, some are named."""
+    many = make(num_envs=700, num_workers=1)
+    obs, info = many.reset()
+    assert obs.shape == (700, 4) and len(info["task"].unique(dim=0)) == 7
+    os.kill(pids(many)[0], signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"^environments [\d, ]+, \.\.\. \(run, walk\): .*SIGKILL$") as error:
+        many.step(actions(700, 1)[0])
+    assert len(str(error.value)) < 150
 
 
 def test_repeated_tasks(envs):
@@ -324,8 +337,11 @@ def test_a_worker_that_dies_between_two_steps():
 
 
 def test_an_environment_that_cannot_be_made():
-    families = {"walk": Walk, "cart": cannot_be_made}
-    envs = make([("walk", 0, {"value": 0}), ("cart", 0, {})], 3, families, num_workers=1)
+    """Found at the start; and where the spaces were given, with nothing tried, in the first reset."""
+    families, tasks = {"walk": Walk, "cart": cannot_be_made}, [("walk", 0, {"value": 0}), ("cart", 0, {})]
+    with pytest.raises(WorkerError, match=r"^family 'cart': ValueError: no wheels"):
+        make(tasks, 3, families, num_workers=1)
+    envs = make(tasks, 3, families, num_workers=1, spaces=(Walk.observation_space, Walk.action_space))
     with pytest.raises(WorkerError, match=r"^environment 1 \(cart\): ValueError: no wheels"):
         envs.reset(tasks=["walk/0", "cart/0", "walk/0"])
 
@@ -373,7 +389,9 @@ sys.path[:] = {path!r}
 import torch
 from {module} import make
 if __name__ == "__main__":
-    envs = make([("walk", 0, {{"value": 0, "fault": "hang", "when": {when}}})], 3, {{"walk": {module}.Walk}})
+    spaces = {module}.Walk.observation_space, {module}.Walk.action_space  # given, so that nothing is tried
+    tasks = [("walk", 0, {{"value": 0, "fault": {fault!r}, "when": {when}}})]
+    envs = make(tasks, 3, {{"walk": {module}.Walk}}, spaces=spaces)
     envs.reset()
     print(*[worker.process.pid for worker in envs._workers], flush=True)
     envs.step(torch.zeros(3, 2))
@@ -382,10 +400,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("when, says", [(1, "it hangs"), (9, "it waits")])
-def test_a_killed_parent_leaves_no_orphans(when, says):
-    """In a step that does not end, and between two steps."""
-    script = ORPHANS.format(path=sys.path, module=__name__, when=when).replace(
+@pytest.mark.parametrize("fault, when, says", [("hang", 1, "it hangs"), ("spin", 1, "it spins"), ("", 9, "it waits")])
+def test_a_killed_parent_leaves_no_orphans(fault, when, says):
+    """As after a second Ctrl-C: in a step that does not end, in one that no thread interrupts, between two steps."""
+    script = ORPHANS.format(path=sys.path, module=__name__, fault=fault, when=when).replace(
         "import torch\n", f"import torch, {__name__}\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -394,4 +412,8 @@ def test_a_killed_parent_leaves_no_orphans(when, says):
     assert len(processes) == 2 and all(map(exists, processes))
     parent.kill()
     parent.wait()
-    assert wait_until_gone(processes)
+    gone = wait_until_gone(processes)
+    for pid in processes:  # where this fails, nothing else ends them
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert gone

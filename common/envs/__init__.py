@@ -8,29 +8,38 @@
         obs, reward, terminated, truncated, info = envs.step(action)
 
 protocol.py says what these return, and what else environments may have. It comes first in the order of imports: then
-the back ends (protocol.TensorEnvs, on the device; mujoco_batch.py; workers.py, processes), the families, `make_envs`.
-Beside them stand sessions.py, for families whose tasks change within an episode, and film.py, which draws MuJoCo's.
+check.py, the back ends (protocol.TensorEnvs, on the device; mujoco_batch.py; workers.py, processes), the families,
+`make_envs`. Beside them stand sessions.py, for families whose tasks change within an episode, and film.py, which draws
+MuJoCo's.
 
 Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`
-and `episodes_per_task` where the user sets them and it takes them. It returns an object with `num_envs`, `device`,
-`single_observation_space`, `single_action_space`, `horizon`, `episodes_per_task`, `meta_horizon`, `split`, `tasks`,
-`reset`, `step`, `state_dict`, `load_state_dict`, `close`. The shortest ways to one are
+and `episodes_per_task` where the user sets them and it takes them. `seed` is the one that the run began with, whatever
+--seed is given beside --resume or --evaluate: tasks may depend on it. The factory returns an object with `num_envs`,
+`device`, `single_observation_space`, `single_action_space`, `horizon`, `episodes_per_task`, `meta_horizon`, `split`,
+`tasks`, `reset`, `step`, `state_dict`, `load_state_dict`, `close`. The shortest ways to one are
 
     Gymnasium's environments     workers.WorkerVectorEnv; the docstring of workers.py has a factory
     tensors on the device        a subclass of protocol.TensorEnvs, like pointrobot.py
     a MuJoCo model               a subclass of mujoco_batch.MujocoEnvs, like locomotion.py
 
 A grid has `num_cells`, `cell(obs)` and `task_table` (the observation at each task's goal) too, and for ldm.py `cells`
-(num_cells, S), an observation in each. A factory with more splits than train and test names them: `splits`.
+(num_cells, S), an observation in each. A factory with the split test2 beside train and test names all: `splits`.
+
+Observations are a Box of one dimension; actions such a Box, of floats, bounded or not, or Discrete and counted from 0.
+What a factory returns is looked at before a run begins, and plays one step in a task set by name, which draws nothing
+(check.py): what does not fit ends in a sentence, and so does whatever the factory raises.
 """
 
+import contextlib
 import difflib
 import importlib
 import inspect
 import os
 import sys
+import traceback
 from functools import partial
 
+from common.envs.check import check_envs, check_splits
 from common.envs.protocol import SPLITS, BadInput, TensorEnvs, WorkerError, generator
 
 __all__ = ["FAMILIES", "SPLITS", "BadInput", "TensorEnvs", "WorkerError", "generator", "make_envs"]
@@ -65,6 +74,7 @@ def make_envs(
     split_rule="varibad",
     sessions=None,
     session_process=None,
+    benchmark_seed=None,
     **sizes,
 ):
     """The vector environment `env_id`.
@@ -72,35 +82,38 @@ def make_envs(
     env_id: a key of FAMILIES, ML1-<family>, ML10, ML45, or `package.module:factory` of the user's own.
     reward_version: of Meta-World; v2 or v1. split_rule: of the tasks in locomotion.py; varibad or ldm.
     sessions, session_process: of environments with sessions; None, 0 and "" are the family's own.
+    benchmark_seed: what the sets of tasks depend on in Meta-World and, maybe, in a user's own; None: the seed. All that
+        are compared, and the splits of a run, need the same one.
     sizes: `horizon` and `episodes_per_task`, where the family's own are not wanted (None counts as unset).
-    Raises BadInput for an unknown id (with the known ones and the nearest), split, split rule or size, and for sessions
-    where there are none.
+    Raises BadInput for an unknown id (with the known ones and the nearest), split, split rule or size, for sessions
+    where there are none, and for a user's own that does not keep the protocol (check.py).
     """
+    benchmark_seed = seed if benchmark_seed is None else benchmark_seed
     options = {name: size for name, size in sizes.items() if size is not None}
     for name, size in {"num_envs": num_envs, **options}.items():
         if size < 1:
             raise BadInput(f"{name} must be at least 1, not {size}")
-    if env_id in FAMILIES:
-        factory = _load(FAMILIES[env_id])
-    elif ":" in env_id:
-        factory = _load(env_id)
-        options = {name: size for name, size in options.items() if name in inspect.signature(factory).parameters}
+    own = ":" in env_id
+    if env_id in FAMILIES or own:
+        factory = _load(FAMILIES.get(env_id, env_id))
     elif env_id.startswith("ML"):
         from common.envs.metaworld import make_metaworld  # half a second to import: only who needs it pays
 
-        factory = partial(make_metaworld, env_id, reward_version=reward_version)
+        factory = partial(make_metaworld, env_id, reward_version=reward_version, benchmark_seed=benchmark_seed)
     else:
         known = [*FAMILIES, "ML1-<family>", "ML10", "ML45"]
         nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise BadInput(f"unknown env_id {env_id!r}: known are {', '.join(known)}, or package.module:factory{hint}")
-    splits = list(getattr(factory, "splits", SPLITS))
-    if getattr(factory, "joins", False):
-        splits.append("all")
+    with _blaming(env_id):
+        splits, parameters = getattr(factory, "splits", SPLITS), inspect.signature(factory).parameters
+        check_splits(splits)
+    splits = [*splits, "all"] if getattr(factory, "joins", False) else [*splits]
     if split not in splits:
         asked = " of --oracle" if split == "all" else ""
         raise BadInput(f"unknown split {split!r}{asked}: {env_id} has {' and '.join(splits)}")
-    parameters = inspect.signature(factory).parameters
+    if own and not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        options = {name: size for name, size in options.items() if name in parameters}
     if "split_rule" in parameters:
         options["split_rule"] = split_rule
     for name, value in dict(sessions=sessions, session_process=session_process).items():
@@ -108,6 +121,8 @@ def make_envs(
             raise BadInput(f"{name} {value}: {env_id} has no sessions")
         if value:
             options[name] = value
+    if own:
+        return _own(env_id, factory, num_envs, split, benchmark_seed, device, options)
     return factory(num_envs, split, seed, device, **options)
 
 
@@ -116,10 +131,44 @@ def _load(path):
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
+    with _blaming(path):
         module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, ValueError, TypeError) as error:
-        raise BadInput(f"env_id {path!r}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise BadInput(f"env_id {path!r}: module {module_name} has no callable {name!r}")
     return getattr(module, name)
+
+
+def _own(env_id, factory, num_envs, split, seed, device, options):
+    """A user's own environments, checked."""
+    from common.envs.workers import WorkerVectorEnv
+
+    try:
+        inspect.signature(factory).bind(num_envs, split, seed, device, **options)
+    except TypeError as error:
+        raise BadInput(f"env_id {env_id!r} is called with (num_envs, split, seed, device): {error}") from None
+    with _blaming(env_id):
+        envs = factory(num_envs, split, seed, device, **options)
+        try:
+            check_envs(envs, num_envs, split, device, play=not isinstance(envs, WorkerVectorEnv))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                envs.close()
+            raise
+    return envs
+
+
+@contextlib.contextmanager
+def _blaming(env_id):
+    """Whatever a user's module or factory raises ends in a sentence."""
+    try:
+        yield
+    except WorkerError:
+        raise
+    except BadInput as error:
+        raise BadInput(f"env_id {env_id!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        places = [place for place in traceback.extract_tb(error.__traceback__) if "importlib" not in place.filename]
+        if places[-1].filename != __file__ and not isinstance(error, SyntaxError):  # which says itself where it is
+            text += f" ({places[-1].filename}, line {places[-1].lineno})"
+        raise BadInput(f"env_id {env_id!r}: {text}") from error

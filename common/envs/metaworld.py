@@ -45,12 +45,14 @@ def make_metaworld(
     reward_version="v2",
     num_workers=None,
     fast=True,
+    benchmark_seed=None,
 ):
     """The vector environment ML10, ML45 or ML1-<family>, goals hidden: obs float32 (N, 39), action float32 (N, 4).
 
     env_id: of a family, the endings -v2, -v3 and none all mean metaworld's -v3 class, the only one that it has.
     horizon: steps of an episode, 1 to 500 (default 500). episodes_per_task: default 3.
     reward_version: v2 (in [0, 10]), or the older v1.
+    seed: of what is drawn. benchmark_seed: of the benchmark's tasks, 50 of each family; None: the seed.
     info["task"], (N, G): one-hot code of the family (over train and test; none for ML1), then the goal's coordinates.
     Raises BadInput for anything unknown.
     """
@@ -70,7 +72,7 @@ def make_metaworld(
         raise BadInput(f"unknown reward version {reward_version!r}: Meta-World has v1 and v2")
     if not 1 <= horizon <= MAX_HORIZON:
         raise BadInput(f"horizon must be between 1 and {MAX_HORIZON} for {env_id}, not {horizon}")
-    families, tasks = benchmark_tasks(benchmark, family, seed)
+    families, tasks = benchmark_tasks(benchmark, family, seed if benchmark_seed is None else benchmark_seed)
     return MetaWorldEnvs(
         {name: partial(make_sawyer, name, reward_version, fast) for name in families},
         tasks[split],

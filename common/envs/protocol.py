@@ -56,6 +56,8 @@ from collections import Counter
 import numpy as np
 from gymnasium.spaces import Box
 
+from common.envs.cgroup import cpu_quota
+
 SPLITS = ("train", "test")  # what every family has
 ALL_SPLITS = (*SPLITS, "test2", "all")  # a split's place in it is part of the seed: new ones go to the end
 
@@ -69,9 +71,23 @@ class WorkerError(RuntimeError):
 
 
 def cores():
-    """Our share of the cores: torchrun starts several processes on a machine."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Our share of the cores, at least 1: those that we may run on, or fewer where a container's quota of CPU time says
+    so, divided by the processes that torchrun starts on a machine."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        available = os.process_cpu_count()
+    else:
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, int(min(available or 1, cpu_quota())) // from_environment("LOCAL_WORLD_SIZE", 1, at_least=1))
+
+
+def from_environment(name, default, at_least=0):
+    """The integer in the environment variable `name`, as torchrun sets it; `default` where there is none."""
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdecimal() or int(text) < at_least:
+        raise BadInput(
+            f"the environment has {name}={text!r}, no integer from {at_least} on: without torchrun, unset it"
+        )
+    return int(text)
 
 
 def check_tasks(envs, names):

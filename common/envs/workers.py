@@ -13,12 +13,19 @@ numbers come from `reset(seed=...)`, which gets a seed at the beginning of every
 neither on the number of workers nor on what an environment did before. The callables are imported by the workers:
 functions (or functools.partial of them) of a module, not of the script that is being run.
 
+Observations are vectors, a Box of one dimension; they become float32, whatever they are. Actions are such vectors, of
+floats, or one of n choices. All families have the same spaces, and ground truths of the same length. Before the run
+begins, the workers make an environment of each family, play one step of its first task and close it again, to see that
+it is as said here (check.py).
+
 There are as many workers as cores, with several environments each. Observations and actions travel through one block
 of shared memory; a socket carries a command to a worker and its answer back, and reports, by its end, that one died.
 A worker is a plain Python process which imports neither the script nor torch: multiprocessing would import both, and
 cost each worker seconds and hundreds of megabytes.
 """
 
+import contextlib
+import ctypes
 import math
 import mmap
 import os
@@ -36,9 +43,10 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Discrete
 
-from common.envs.protocol import WorkerError, check_tasks, cores, uniforms
+from common.envs.check import as_float32, check_env, check_names, check_spaces, short
+from common.envs.protocol import BadInput, WorkerError, check_tasks, cores, uniforms
 
 # ---------- The parent's side ----------
 
@@ -49,10 +57,12 @@ class WorkerVectorEnv:
     families: dict name -> picklable callable that makes an environment of the family; all families of the benchmark,
         whatever the split: the ground truth begins with a one-hot code over them (left out where there is one).
     tasks: list of (family, name, data) of this split; `envs.tasks` calls them "family/name".
-    spaces: (observation_space, action_space) of every environment; None asks one, made here and closed again.
+    spaces: (observation_space, action_space) of every environment; None tries one of each family, and asks it.
     num_workers: W; None means one per core that we may use. Never more than N.
     timeout: seconds that one step, or the reset of one environment, may take before it counts as hung.
-    Raises WorkerError when an environment raises, or a worker dies or hangs: no worker is left by then.
+    `single_action_space` counts discrete actions from 0, and `step` takes them so, whatever an environment's `start`.
+    Raises BadInput for families, tasks or environments that are not as the docstring of this file has it. Raises
+    WorkerError when an environment raises or gives a NaN, or a worker dies or hangs. No worker is left by then.
     """
 
     def __init__(
@@ -71,31 +81,49 @@ class WorkerVectorEnv:
     ):
         import torch  # here, not above: the workers import this module, and have no use for torch
 
+        tasks = list(tasks)
+        setup = _pickled(families, tasks)
         self.num_envs, self.split, self.seed, self.device = num_envs, split, seed, torch.device(device)
         self.horizon, self.episodes_per_task = horizon, episodes_per_task
         self.meta_horizon = horizon * episodes_per_task
-        self.single_observation_space, self.single_action_space = spaces or _spaces_of(next(iter(families.values())))
         self.families, self._make = list(families), families
         self.tasks = [f"{family}/{name}" for family, name, _ in tasks]
+        check_names(self.tasks, split)
         self._task = dict(zip(self.tasks, tasks))
         self._names = {family: [n for n in self.tasks if self._task[n][0] == family] for family in families}
         self._drawn_from = [family for family in families if self._names[family]]  # the families of this split
         self.resets, self.repeat = 0, 1
         self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
 
-        num_workers = min(num_workers or cores(), num_envs)
-        shapes = (num_envs, num_workers, *_shapes(self.single_observation_space, self.single_action_space))
-        # Unlinked from birth: whatever happens to us, no file stays behind.
-        with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
-            file.truncate(_block_size(*shapes))
-            self._block = _block(file.fileno(), *shapes)
-            self._block.busy[:] = -1
-            setup = pickle.dumps((families, shapes))
-            self._workers = [_Worker(file.fileno(), number, setup, timeout) for number in range(num_workers)]
-        self._stop = weakref.finalize(self, _stop, self._workers)  # also when collected, and at the interpreter's exit
+        num_workers = max(1, min(num_workers or cores(), num_envs))
+        with contextlib.ExitStack() as closed:
+            files = []
+            for folder in ("/dev/shm", tempfile.gettempdir()):
+                with contextlib.suppress(OSError):  # no such folder, or not ours to write in
+                    # Unlinked from birth: whatever happens to us, no file stays behind.
+                    files.append(closed.enter_context(tempfile.TemporaryFile(dir=folder)))
+            fds = [file.fileno() for file in files]
+            self._workers = [_Worker(fds, number, setup, timeout) for number in range(num_workers)]
+            self._stop = weakref.finalize(self, _stop, self._workers)  # when collected, or at the interpreter's exit
+            self._block, self._truth_shapes = None, set()  # of ground truths: one and the same
+            try:
+                observation_space, action_space = spaces or self._try_out()
+                check_spaces(observation_space, action_space)
+                shapes = num_envs, num_workers, observation_space.shape, action_space.shape, action_space.dtype.str
+                self._memory = _with_room(fds, _block_size(*shapes)), *shapes
+            except BadInput:
+                self.close()
+                raise
+            self._block = _block(*self._memory)
+        self._block.busy[:] = -1
         self._shared = SimpleNamespace(**{k: torch.from_numpy(v) for k, v in vars(self._block).items()})
-        space = self.single_action_space
-        self._bounds = [torch.from_numpy(x) for x in (space.low, space.high)] if isinstance(space, Box) else []
+        self.single_observation_space = observation_space
+        self._first_action, self._bounds = int(getattr(action_space, "start", 0)), []
+        if isinstance(action_space, Discrete):
+            self.single_action_space = Discrete(action_space.n)
+        else:
+            self._bounds = [torch.from_numpy(x) for x in (action_space.low, action_space.high)]
+            self.single_action_space = as_float32(action_space)
         self._all = {ended: torch.full((num_envs,), ended, device=self.device) for ended in (False, True)}
 
     def reset(self, tasks=None):
@@ -107,20 +135,24 @@ class WorkerVectorEnv:
         else:
             check_tasks(self, tasks)
             seeds = range(self.num_envs)
-        self._current = [self._task[name] for name in tasks]
+        self._named, self._current = tasks, [self._task[name] for name in tasks]
         # A family's environments go to one worker where they can: they share caches, and no worker needs all families.
         order = sorted(range(self.num_envs), key=lambda i: self.families.index(self._current[i][0]))
         self._rows = [rows.tolist() for rows in np.array_split(order, len(self._workers))]
         for worker in self._workers:
-            self._tell(worker, "recall")
+            self._tell(worker, "begin", *self._memory)
         for worker in self._workers:
             self._answer(worker)
-        for worker, rows in zip(self._workers, self._rows):
-            for i in rows:
+        truths = {}
+        for first in range(0, len(self._rows[0]), 100):  # of each worker: some hundred answers would fill the socket
+            share = [(worker, i) for worker, rows in zip(self._workers, self._rows) for i in rows[first : first + 100]]
+            for worker, i in share:
                 family, _, data = self._current[i]
                 self._tell(worker, "reset", i, family, data, seeds[i])  # all workers at once: answers are read below
-        truths = {i: self._answer(worker) for worker, rows in zip(self._workers, self._rows) for i in rows}
+            truths |= {i: self._answer(worker) for worker, i in share}
         self.elapsed = 0
+        self._check_truths(truths)
+        self._check_finite()
         truth = np.eye(len(self.families))[[self.families.index(family) for family, _, _ in self._current]]  # one-hot
         if len(self.families) == 1:
             truth = truth[:, :0]
@@ -139,14 +171,60 @@ class WorkerVectorEnv:
         self._shared.action.copy_(action.detach())
         if self._bounds:
             self._shared.action.clamp_(*self._bounds)
+        if self._first_action:
+            self._shared.action += self._first_action
         for worker in self._workers:
             self._tell(worker, "step", restart)
         for worker in self._workers:
             self._answer(worker)
+        self._check_finite()
         keys = ("final_obs", "reward", "terminated", "success", "alive")
         new = {k: getattr(self._shared, k).to(self.device, copy=True) for k in keys}
         obs = self._shared.obs.to(self.device, copy=True) if restart else new["final_obs"]
         return obs, new.pop("reward"), new.pop("terminated"), self._all[ended], new
+
+    def _try_out(self):
+        """Has the workers play a step in an environment of each family of this split. Returns the spaces of all."""
+        tried = [(family, self._workers[k % len(self._workers)]) for k, family in enumerate(self._drawn_from)]
+        for family, worker in tried:
+            self._tell(worker, "try_out", family, self._task[self._names[family][0]][2])
+        found = [(family, *self._answer(worker, f"family {family!r}")) for family, worker in tried]
+        one, observation_space, action_space, truth = found[0]
+        self._truth_shapes.add(truth)
+        for other, *its in found[1:]:
+            for what, a, b, same in (
+                ("observation_space", its[0], observation_space, its[0].shape == observation_space.shape),
+                ("action_space", its[1], action_space, its[1] == action_space),
+                ("info['task'] of shape", its[2], truth, its[2] == truth),
+            ):
+                if not same:
+                    raise BadInput(f"{what} {short(a)} of family {other!r} differs from that of {one!r}, {short(b)}")
+        return observation_space, action_space
+
+    def _check_truths(self, truths):
+        """BadInput where ground truths are not of one length, or not finite. truths: environment -> vector, or None."""
+        for i, truth in truths.items():
+            shape = None if truth is None else np.shape(truth)
+            self._truth_shapes.add(shape)
+            if len(self._truth_shapes) > 1 or not (truth is None or np.isfinite(truth).all()):
+                self.close()
+                (other,) = (self._truth_shapes - {shape}) or (shape,)
+                odd = f"has shape {shape}, but {other} in other tasks" if other != shape else f"is {short(truth)}"
+                raise BadInput(f"info['task'] of {self._named[i]} {odd}")
+
+    def _check_finite(self):
+        """WorkerError that names the environment whose reward or observation is not finite."""
+        block = self._block
+        if np.isfinite(block.numbers).all():
+            return
+        for what, array in (("reward", block.reward), ("observation", block.final_obs), ("observation", block.obs)):
+            for i in np.argwhere(~np.isfinite(array))[:1, 0].tolist():
+                self.close()
+                if not np.isfinite(block.action[i]).all():
+                    raise FloatingPointError(f"the action in environment {i} is not finite")
+                when = f"at step {self.elapsed}" if self.elapsed else "of reset"
+                odd = f"the {what} {when} is not finite: {short(array[i].tolist())}"
+                raise WorkerError(f"environment {i} ({self.split} task {self._named[i]}): {odd}")
 
     def _draw(self):
         """New tasks, by name, and a seed of each environment: family first, so that all have the same probability."""
@@ -176,27 +254,34 @@ class WorkerVectorEnv:
         except OSError:
             self._fail(worker)
 
-    def _answer(self, worker):
-        """The worker's next answer; whatever keeps it from coming ends in a WorkerError."""
+    def _answer(self, worker, about=None):
+        """The worker's next answer; whatever keeps it from coming ends in a WorkerError, about this or that."""
         try:
             answer = worker.receive()
         except TimeoutError:
-            self._fail(worker, f"gave no answer for {worker.timeout:g} s")
+            self._fail(worker, about, f"gave no answer for {worker.timeout:g} s")
         except (EOFError, OSError, pickle.UnpicklingError):
-            self._fail(worker)
+            self._fail(worker, about)
+        if isinstance(answer, BadInput):
+            self.close()
+            raise BadInput(f"{about or 'an environment'}: {answer}")
         if isinstance(answer, WorkerError):
-            self._fail(worker, str(answer), *answer.__notes__)
+            self._fail(worker, about, str(answer), *answer.__notes__)
         return answer
 
-    def _fail(self, worker, what=None, *notes):
+    def _fail(self, worker, about=None, what=None, *notes):
         """Ends all workers and raises what happened to which environment."""
-        busy = int(self._block.busy[worker.number])
-        rows = [busy] if busy >= 0 else sorted(self._rows[worker.number])
-        which = f"environment{'s' * (len(rows) > 1)} {', '.join(map(str, rows))}"
-        families = ", ".join(dict.fromkeys(self._current[i][0] for i in rows))
+        if not about and self._block is None:
+            about = f"worker {worker.number}"
+        elif not about:
+            busy = int(self._block.busy[worker.number])
+            rows = [busy] if busy >= 0 else sorted(self._rows[worker.number])
+            families = ", ".join(dict.fromkeys(self._current[i][0] for i in rows))
+            some = ", ".join(map(str, rows[:10])) + ", ..." * (len(rows) > 10)
+            about = f"environment{'s' * (len(rows) > 1)} {some} ({families})"
         what = what or worker.obituary()
         self.close()
-        error = WorkerError(f"{which} ({families}): {what}")
+        error = WorkerError(f"{about}: {what}")
         for note in notes:
             error.add_note(note)
         raise error
@@ -205,16 +290,17 @@ class WorkerVectorEnv:
 class _Worker:
     """A process, and our end of the socket to it."""
 
-    def __init__(self, block, number, setup, timeout):
+    def __init__(self, files, number, setup, timeout):
         self.number, self.timeout = number, timeout
         ours, theirs = socket.socketpair()
         ours.settimeout(timeout)
         start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; "
-        start += f"serve({theirs.fileno()}, {block}, {number})"
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        start += f"serve({theirs.fileno()}, {number}, {os.getpid()}, {in_main_thread})"
         one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", start],
-            pass_fds=(theirs.fileno(), block),
+            pass_fds=(theirs.fileno(), *files),
             stdin=subprocess.DEVNULL,
             env={**os.environ, **one_thread},
             process_group=0,  # Ctrl-C and signals to the group reach the parent alone, which decides
@@ -258,17 +344,34 @@ def _stop(workers):
             worker.process.wait()
 
 
-def _spaces_of(make):
-    env = make()
-    env.close()
-    return env.observation_space, env.action_space
+def _pickled(families, tasks):
+    """The families as the workers get them. BadInput for families and tasks that they cannot get."""
+    rule = "a function or class of a module, not of the script that is run, or a functools.partial of one"
+    if not isinstance(families, dict) or not families:
+        raise BadInput(f"families are {short(families)}, and must be a dict, name -> callable")
+    for family, make in families.items():
+        data = _dumps(make)
+        if not isinstance(family, str) or not callable(make) or data is None or b"__main__" in data:
+            raise BadInput(f"family {family!r} is {short(make)}: workers can import {rule}")
+    for task in tasks:
+        if not isinstance(task, (tuple, list)) or len(task) != 3:
+            raise BadInput(f"task {short(task)} is not (family, name, data)")
+        if task[0] not in families:
+            raise BadInput(f"task {task[0]}/{task[1]}: there is no family {task[0]!r}, but {', '.join(families)}")
+        if _dumps(task[2]) is None:
+            raise BadInput(f"task {task[0]}/{task[1]}: {short(task[2])} cannot be pickled, to send it to a worker")
+    return pickle.dumps(families)
+
+
+def _dumps(x):
+    """Pickled, or None where it cannot be."""
+    try:
+        return pickle.dumps(x)
+    except Exception:  # pickle raises TypeError, AttributeError, RecursionError, ...
+        return None
 
 
 # ---------- The block of shared memory ----------
-
-
-def _shapes(observation_space, action_space):
-    return observation_space.shape, action_space.shape, action_space.dtype.str
 
 
 def _fields(num_envs, num_workers, obs_shape, action_shape, action_dtype):
@@ -276,7 +379,7 @@ def _fields(num_envs, num_workers, obs_shape, action_shape, action_dtype):
         "action": ((num_envs, *action_shape), action_dtype),
         "obs": ((num_envs, *obs_shape), "f4"),  # the first of an episode
         "final_obs": ((num_envs, *obs_shape), "f4"),  # the successor state of the last step
-        "reward": ((num_envs,), "f4"),
+        "reward": ((num_envs,), "f4"),  # these three are neighbours
         "terminated": ((num_envs,), "?"),
         "success": ((num_envs,), "?"),
         "alive": ((num_envs,), "?"),
@@ -292,12 +395,28 @@ def _block_size(*shapes):
     return sum(_bytes(*field) for field in _fields(*shapes).values())
 
 
+def _with_room(fds, size):
+    """The first of the files that gets room for so many bytes. A write to shared memory without room ends in SIGBUS."""
+    for fd in fds:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, size)
+            else:
+                os.ftruncate(fd, size)
+            return fd
+        except OSError:
+            pass
+    folders = f"/dev/shm or {tempfile.gettempdir()}"
+    raise BadInput(f"the environments need {size / 1e6:.3g} MB in {folders}: free some, or take fewer environments")
+
+
 def _block(fd, *shapes):
-    """The fields as arrays in the shared file `fd`."""
-    memory, offset, arrays = mmap.mmap(fd, _block_size(*shapes)), 0, {}
+    """The fields as arrays in the shared file `fd`, and `numbers`: obs, final_obs, reward and what lies between, 0."""
+    memory, offset, arrays, ends = mmap.mmap(fd, _block_size(*shapes)), 0, {}, {}
     for name, (shape, dtype) in _fields(*shapes).items():
         arrays[name] = np.ndarray(shape, dtype, memory, offset)
-        offset += _bytes(shape, dtype)
+        offset = ends[name] = offset + _bytes(shape, dtype)
+    arrays["numbers"] = np.frombuffer(memory, "f4", (ends["reward"] - ends["action"]) // 4, ends["action"])
     return SimpleNamespace(**arrays)
 
 
@@ -307,15 +426,22 @@ def _block(fd, *shapes):
 class _Server:
     """The environments of one worker."""
 
-    def __init__(self, setup, block_fd, number):
-        self.families, shapes = pickle.loads(setup)
-        self.number, self.block = number, _block(block_fd, *shapes)
+    def __init__(self, setup, number):
+        self.families, self.number, self.block = pickle.loads(setup), number, None
         self.running = {}  # row -> (family, environment)
         self.idle = defaultdict(list)  # family -> environments to be used again
         self.finished = set()  # rows whose episode ended before its time
 
-    def recall(self):
-        """The end of a meta-episode."""
+    def try_out(self, family, data):
+        """One step of an environment of its own, and what check_env returns."""
+        env = self.families[family]()
+        found = check_env(env, data)
+        env.close()
+        return found
+
+    def begin(self, *memory):
+        """A meta-episode begins: all environments are to be used again. memory: the block's file and shapes."""
+        self.block = self.block or _block(*memory)
         for family, env in self.running.values():
             self.idle[family].append(env)
         self.running.clear()
@@ -327,7 +453,8 @@ class _Server:
         env = self.idle[family].pop() if self.idle[family] else self.families[family]()
         self.running[i] = family, env
         env.set_task(data)
-        self.block.obs[i], info = env.reset(seed=seed)
+        obs, info = env.reset(seed=seed)
+        self.store(self.block.obs, i, obs)
         self.block.busy[self.number] = -1
         return info.get("task")
 
@@ -340,7 +467,7 @@ class _Server:
                 block.reward[i] = block.terminated[i] = block.success[i] = block.alive[i] = 0
             else:
                 obs, reward, terminated, truncated, info = env.step(block.action[i].copy())
-                block.final_obs[i] = obs
+                self.store(block.final_obs, i, obs)
                 block.reward[i] = reward
                 block.terminated[i] = terminated
                 block.success[i] = info.get("success", 0)
@@ -348,21 +475,33 @@ class _Server:
                 if terminated or truncated:
                     self.finished.add(i)
             if restart:
-                block.obs[i], _ = env.reset()
+                obs, _ = env.reset()
+                self.store(block.obs, i, obs)
         if restart:
             self.finished.clear()
         busy[self.number] = -1
+
+    def store(self, array, i, obs):
+        try:
+            fits = len(obs) == array.shape[1]  # one number would be repeated
+        except TypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"the observation has shape {np.shape(obs)}, its space {array.shape[1:]}")
+        array[i] = obs
 
     def close(self):
         for env in [env for _, env in self.running.values()] + sum(self.idle.values(), []):
             env.close()
 
 
-def serve(socket_fd, block_fd, number):
+def serve(socket_fd, number, parent, main_thread):
     """The life of a worker: one answer to each command, until the parent's end of the socket is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when we end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    if sys.platform == "linux" and main_thread:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the parent's thread that made us ends
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     stream = socket.socket(fileno=socket_fd).makefile("rwb")
     server = None
     try:
@@ -370,8 +509,10 @@ def serve(socket_fd, block_fd, number):
         while True:
             command, *arguments = pickle.load(stream)
             try:
-                server = server or _Server(setup, block_fd, number)
+                server = server or _Server(setup, number)
                 answer = getattr(server, command)(*arguments)
+            except BadInput as error:
+                answer = error
             except BaseException as error:  # even sys.exit: the parent tells the story
                 answer = WorkerError(" ".join("".join(traceback.format_exception_only(error)).split()))
                 answer.add_note(traceback.format_exc())
