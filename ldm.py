@@ -48,7 +48,6 @@ from torch import nn
 from torch.distributions import Normal
 
 from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experiment, Fraction, Layers, refuse
-from common.envs import BadInput
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_mixed_tasks, draw_returns
 from common.processes import all_sum, check_finite, descend, ranks, share
@@ -131,11 +130,11 @@ class Belief:
     decoder_dropout: Dropout = 0.7  # dropout on the decoders' embeddings of s, a, s' (not on m), imagining too
     reward_coef: AtLeast0 = 1.0  # weight of the reward's reconstruction
     state_coef: AtLeast0 = 0.0  # weight of the state's reconstruction; 0 = no state decoder
+    standardise_inputs: bool = False  # standardise the inputs of encoders and decoders (ours); the grid's are raw
     # Weight of the KL. Every term of the ELBO is a mean here (over B, posteriors, transitions), so this is the weight
     # in a summed ELBO (the paper's text) over the number of decoded transitions; the authors' code has a mean of these.
     kl_coef: AtLeast0 = 1 / 120
     kl_to_prior: bool = False  # KL of each posterior to N(0, I) (authors' option), not to the posterior before (paper)
-    standardise_inputs: bool = False  # standardise the inputs of encoders and decoders (ours); the grid's are raw
 
 
 @dataclass
@@ -159,7 +158,6 @@ def check_args(args):
     """BadInput for arguments that do not fit each other."""
     T, N, count = args.horizon * args.episodes_per_task, args.num_envs // ranks(), args.num_mixture_workers
     refuse(
-        (args.belief_batch < ranks(), f"--belief-batch {args.belief_batch}: {ranks()} processes cannot share it"),
         (0 < count < ranks(), f"--num-mixture-workers {count}: {ranks()} processes cannot share them"),
         (
             count and N - math.ceil(count / ranks()) < 2,
@@ -393,10 +391,8 @@ class BeliefModel(BeliefEncoder):
         A = self.num_actions
         self.cell = getattr(envs, "cell", None)
         self.grid = args.reward_decoder in ("bernoulli", "multihead")  # p(r = 1) in a cell, not the reward itself
-        if self.grid and self.cell is None:
-            raise BadInput(
-                f"--reward-decoder {args.reward_decoder} needs a grid of one goal, not {args.env_id}: choose mlp"
-            )
+        needs = f"--reward-decoder {args.reward_decoder} needs a grid of one goal, not {args.env_id}: choose mlp"
+        refuse((self.grid and self.cell is None, needs))
         if args.reward_decoder == "multihead":
             # m (..., Z) -> the logits of p(r = 1 | m, s') for every cell s' (..., cells)
             self.reward_decoder = mlp([args.latent_dim, *args.decoder_layers, envs.num_cells], nn.ReLU)
@@ -734,9 +730,9 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False, mixture=N
     """One meta-episode in every environment, from a reset and the prior belief.
 
     mixture: of `draw_mixture`. Rewards of mixture workers are imaginary then, for both encoders and all that learns.
-    Returns a dict: what `records` lists, the tensors below, first_obs (N, S), task (N, G), the normal workers (n,), who
-    is imagining (N,), mixed (N, Z), the last m^, episode_return and episode_success (K, n) of the normal workers,
-    env_seconds, the time spent in `envs.step`, and details: what an evaluation keeps, the last belief by parts.
+    Returns what `records` and, of the normal workers, `outcomes` name, the tensors below, first_obs (N, S), task
+    (N, G), normal (n,), imagining (N,), mixed (N, Z), the last m^, env_seconds, the time spent in `envs.step`, and
+    details: what an evaluation keeps of each environment, its last belief by parts.
     """
     T, N, S, device = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0], envs.device
     normal, imagining, alpha = mixture or (torch.arange(N, device=device), None, None)
@@ -876,7 +872,7 @@ def main(args):
             run.log(losses, data, more)
             if run.due(args.eval_interval):
                 run.evaluate(play)
-            if run.due(args.checkpoint_interval) or run.stopped():
+            if run.stopped() or run.due(args.checkpoint_interval):
                 run.save()
         run.finish(play, partial(draw_pictures, agent, model, args))
 
