@@ -60,7 +60,6 @@ Where this leaves the paper
 """
 
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -76,7 +75,7 @@ from common.envs import BadInput
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import NAMES, describe, draw_lines, draw_sessions
 from common.processes import all_sum, check_finite, descend, ranks, share
-from common.rollouts import by_episode, outcomes, records
+from common.rollouts import by_episode, obs_shift, outcomes, record_step, records
 from common.run import Run, start
 
 # ---------- 1. Arguments ----------
@@ -105,7 +104,7 @@ class PPO:
     norm_reward: bool = True  # divide the policy's rewards by the deviation of the discounted return, clip at 10 (ours)
     policy_layers: Layers = (128, 128)  # hidden layers (ReLU) of actor and critic
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
-    # that nothing tells the few training tasks by where things happen to stand (ours).
+    # that the policy cannot tell the few training tasks apart by where things happen to stand (ours).
     obs_shift: AtLeast0 = 0.0
     std_init: Above0 = 1.0  # deviation of a continuous action at the start (ours, as its bounds)
     std_min: Above0 = 0.01  # its lower bound, reached softly
@@ -197,7 +196,6 @@ def check_args(args):
             steps % args.num_minibatches,
             f"--num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration",
         ),
-        (args.belief_batch < ranks(), f"--belief-batch {args.belief_batch}: {ranks()} processes cannot share it"),
         (
             args.belief and is_blind(args.total_timesteps - 1, args),
             f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}",
@@ -225,7 +223,7 @@ class Agent(nn.Module):
         self.belief_sizes, self.discrete = belief_sizes, hasattr(action_space, "n")
         n_out = int(action_space.n) if self.discrete else action_space.shape[0]
         self.std = None if self.discrete else BoundedStd(n_out, args.std_init, args.std_min, args.std_max)
-        # In training the code of a test's family is constant: a higher floor keeps the oracle from blowing it up.
+        # A held-out family's entry of the true task is constant in training: a higher floor keeps it from blowing up.
         min_std = 0.02 if args.oracle_context else 1e-4
         self.obs_norm, self.belief_norm = RunningNorm(obs_dim), RunningNorm(sum(belief_sizes.values()), min_std)
         self.return_norm, self.first_norm = RunningNorm(1), RunningNorm(obs_dim)
@@ -348,9 +346,11 @@ class Decoder(nn.Module):
         if self.embed_action:
             x += [self.embed_action(action)]
         x = F.dropout(torch.cat(x, -1).relu(), self.dropout, self.training)
-        first, Z = self.net[0], m.shape[-1]
+        (first, *others), Z = self.net, m.shape[-1]
         hidden = F.linear(m, first.weight[:, :Z])[:, None] + F.linear(x, first.weight[:, Z:], first.bias)
-        return self.net[1:](hidden)
+        for layer in others:
+            hidden = layer(hidden)
+        return hidden
 
 
 # ---------- 3. Belief model: what this paper changes ----------
@@ -798,23 +798,18 @@ class Buffer:
 def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=False):
     """Algorithm 3: one meta-episode in every environment, from a reset; blind: with zeros in place of the belief.
 
-    Returns a dict: obs, next_obs (T, N, S), actions (T, N, .), rewards, raw_rewards, terminated, alive, success (T, N),
-    session_end (T, N), whose last row is True, predicted_end (T, N), beliefs (T + 1, N, .), those on which the policy
-    acts, task (N, G), contexts (T, N, C), episode_return, episode_success (K, N), env_seconds, the time spent in
-    `envs.step`, and details: what an evaluation keeps of each environment, its last belief by parts.
+    Returns what `records` and `outcomes` name, session_end (T, N), whose last row is True, predicted_end (T, N),
+    beliefs (T + 1, N, .), those on which the policy acts, first_obs (N, S), task (N, G), contexts (T, N, C), and
+    details: what an evaluation keeps of each environment, its last belief by parts.
     """
     T, N, device = envs.meta_horizon, envs.num_envs, envs.device
     beliefs = torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device)
     data, contexts = session_records(envs) | dict(beliefs=beliefs), []
-    env_seconds = 0.0
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
-        data["first_obs"] = obs.clone()
-        shift = torch.zeros_like(obs)
-        if args.obs_shift and agent.training and not args.oracle_context:  # the oracle knows where the goal stands
-            spread = agent.first_norm.var.sqrt() * (agent.first_norm.count > 0)
-            shift = args.obs_shift * spread * torch.randn_like(obs)
-        data["task"] = info["task"].clone()
+        data["first_obs"], data["task"] = obs.clone(), info["task"].clone()
+        shift = obs_shift(args, agent, obs)
+        obs = obs + shift
         hidden = torch.zeros(N, args.hidden_dim, device=device)
         condition = torch.zeros(N, 2 * args.latent_dim, device=device)
         belief = data["beliefs"][0] if blind else model.belief(hidden, deterministic)  # blind: zeros
@@ -825,21 +820,13 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             data["beliefs"][t] = belief
             if t == T:
                 break
-            data["obs"][t] = obs = obs + shift
             action = agent.act(obs, belief, deterministic)
-            start = time.perf_counter()
-            obs, reward, terminated, _, info = envs.step(action)
-            env_seconds += time.perf_counter() - start
-            data["raw_rewards"][t] = info.get("raw_reward", reward)
-            next_obs = info["final_obs"] + shift
-            data["next_obs"][t], data["actions"][t], data["rewards"][t] = next_obs, action, reward
-            data["terminated"][t] = terminated
-            for name in ("alive", "success", "session_end"):
-                if name in info:
-                    data[name][t] = info[name]
+            obs, info = record_step(envs, data, t, obs, action, shift)
+            if "session_end" in info:
+                data["session_end"][t] = info["session_end"]
             if not (args.oracle_context or blind):
-                seen = obs + shift if args.encoder_obs == "post" and t + 1 < T else next_obs
-                hidden = model.step(action, seen, reward, condition, hidden)
+                seen = obs if args.encoder_obs == "post" and t + 1 < T else data["next_obs"][t]
+                hidden = model.step(action, seen, data["rewards"][t], condition, hidden)
                 belief = model.belief(hidden, deterministic)
                 data["predicted_end"][t] = ended = model.terminates(hidden)
                 ended = data["session_end"][t] if args.oracle_terminations else ended
@@ -848,7 +835,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
         data["session_end"][-1] = True
         data["contexts"] = torch.stack(contexts[:T])
     details = {f"belief_{name}": part for name, part in agent.named(data["beliefs"][-1]).items()}
-    return data | outcomes(data, envs) | dict(details=details, env_seconds=env_seconds)
+    return data | outcomes(data, envs) | dict(details=details)
 
 
 SESSIONS_SHOWN = 10  # returns of the first ten sessions are logged
@@ -892,8 +879,7 @@ def main(args):
         belief_optimizer = torch.optim.Adam(model.parameters(), lr=args.belief_learning_rate, fused=True)
         buffer = Buffer(share(args.buffer_size), envs)
         parts = dict(agent=agent, model=model, optimizer=optimizer, belief_optimizer=belief_optimizer)
-        rows = min(args.buffer_size, max(args.num_envs, args.total_timesteps // envs.meta_horizon)) * learns_belief
-        run.keep(**parts, own=dict(buffer=buffer), room=rows * buffer.row_bytes)
+        run.keep(**parts, own=dict(buffer=buffer), room=run.rows() * buffer.row_bytes * learns_belief)
         run.compile(agent, "act", "forward")
         run.compile(model, "step", "belief")
 
@@ -910,7 +896,7 @@ def main(args):
             return rates | by_episode(tasks)
 
         for _ in run.iterations(args.total_timesteps // steps, steps):
-            left = run.left()
+            left = run.left()  # share of the training that is to come: from 1 down
             optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
             belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
             ent_coef = args.ent_coef_end + (args.ent_coef - args.ent_coef_end) * left
@@ -921,7 +907,7 @@ def main(args):
             check_finite(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
             run.lap("rollout")
 
-            with torch.no_grad():
+            with torch.no_grad():  # log-probabilities and values of the policy that played
                 data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
                 last = agent.value(data["next_obs"][-1], data["beliefs"][-1])
             data["values"] = torch.cat([values, last[None]])
@@ -932,7 +918,7 @@ def main(args):
             losses = {}
             if run.global_step > max(steps, args.precollect):
                 losses = ppo_update(agent, optimizer, data, ent_coef, args)
-            # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
+            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
             agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
             agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
             if not blind:
@@ -940,7 +926,7 @@ def main(args):
             run.lap("ppo")
 
             if learns_belief:
-                if args.standardise_inputs:  # the changes fall with the number of steps
+                if args.standardise_inputs:  # each update moves them less
                     model.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
                     model.reward_norm.update(data["rewards"].view(-1, 1), alive.flatten())
                 buffer.add(data)
@@ -953,7 +939,7 @@ def main(args):
             run.log(losses, data, {f"charts/{name}": rate for name, rate in rates.items()})
             if run.due(args.eval_interval):
                 run.evaluate(play, summarise)
-            if run.due(args.checkpoint_interval) or run.stopped():
+            if run.stopped() or run.due(args.checkpoint_interval):
                 run.save()
         run.finish(play, partial(draw_pictures, agent, model, args), summarise)
 

@@ -36,7 +36,6 @@ Where this leaves the paper, and the authors' code
 """
 
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -51,7 +50,7 @@ from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experimen
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_mixed_tasks, draw_returns
 from common.processes import all_sum, check_finite, descend, ranks, share
-from common.rollouts import outcomes, records
+from common.rollouts import obs_shift, outcomes, record_step, records
 from common.run import Run, start
 
 # ---------- 1. Arguments ----------
@@ -89,7 +88,7 @@ class PPO:
     # there, and no gradient goes beyond it. In the authors' code a window is one of their iterations.
     ppo_windows: Count = 1
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
-    # that nothing tells the few training tasks by where things happen to stand (ours).
+    # that the policy cannot tell the few training tasks apart by where things happen to stand (ours).
     obs_shift: AtLeast0 = 0.0
     std_init: Above0 = 1.0  # deviation of a continuous action at the start
     std_min: Above0 = 0.01  # its lower bound, reached softly
@@ -319,9 +318,9 @@ class Decoder(nn.Module):
         if self.decode == "all" and self.training:
             x = x.expand(len(m), *x.shape)  # a mask of its own for each pair
         x = F.dropout(x, self.dropout, self.training)
-        first, Z = self.net[0], m.shape[-1]
+        (first, *others), Z = self.net, m.shape[-1]
         hidden = F.linear(m, first.weight[:, :Z])[:, None] + F.linear(x, first.weight[:, Z:], first.bias)
-        for layer in [*self.net][1:]:  # a slice of the Sequential would be made anew, once in every step of a rollout
+        for layer in others:
             hidden = layer(hidden)
         return hidden
 
@@ -742,15 +741,11 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False, mixture=N
         beliefs=torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device),
         hiddens=torch.zeros(args.ppo_windows, N, args.hidden_dim, device=device),  # of encoder-p where windows start
     )
-    env_seconds = 0.0
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
-        data["first_obs"] = obs.clone()
-        shift = torch.zeros_like(obs)
-        if args.obs_shift and agent.training and not args.oracle_context:  # the oracle knows where the goal stands
-            spread = agent.first_norm.var.sqrt() * (agent.first_norm.count > 0)
-            shift = args.obs_shift * spread * torch.randn_like(obs)
-        data["task"] = info["task"].clone()
+        data["first_obs"], data["task"] = obs.clone(), info["task"].clone()
+        shift = obs_shift(args, agent, obs)
+        obs = obs + shift
         hidden = hidden_v = torch.zeros(N, args.hidden_dim, device=device)  # of encoder-p and of encoder-v
         belief = data["task"] if args.oracle_context else data["beliefs"][0]  # zeros: without encoder-p
         for t in range(T + 1):
@@ -761,30 +756,22 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False, mixture=N
                 break
             if t % (T // args.ppo_windows) == 0:
                 data["hiddens"][t * args.ppo_windows // T] = hidden
-            data["obs"][t] = obs = obs + shift
             action = agent.act(obs, belief, deterministic)
-            start = time.perf_counter()
-            obs, reward, terminated, _, info = envs.step(action)
-            env_seconds += time.perf_counter() - start
-            data["raw_rewards"][t] = info.get("raw_reward", reward)
-            next_obs = info["final_obs"] + shift
-            data["next_obs"][t], data["actions"][t], data["true_rewards"][t] = next_obs, action, reward
-            data["terminated"][t] = terminated
-            for name in ("alive", "success"):
-                if name in info:
-                    data[name][t] = info[name]
+            obs, _ = record_step(envs, data, t, obs, action, shift)
+            reward, next_obs = data["rewards"][t], data["next_obs"][t]
+            data["true_rewards"][t] = reward
             if mixture:  # m is that of the posterior before this transition
                 data["mixed"] = m = mix(alpha, model.sample(hidden_v))
                 imaginary = imagine(model, m, data["obs"][t], action, next_obs, args)
                 reward = torch.where(imagining & data["alive"][t], imaginary, reward)
                 hidden_v = model.step(action, next_obs, reward, hidden_v)
             data["rewards"][t] = reward
-            data["acted_on"][t] = acted_on = obs + shift if t + 1 < T else next_obs
+            data["acted_on"][t] = acted_on = obs if t + 1 < T else next_obs
             if agent.encoder:
                 hidden = agent.encoder.step(action, acted_on, reward, hidden)
     details = {f"belief_{name}": part for name, part in agent.named(data["beliefs"][-1]).items()}
     real = outcomes({name: data[name][:, normal] for name in ("raw_rewards", "success")}, envs)
-    return data | real | dict(normal=normal, imagining=imagining, details=details, env_seconds=env_seconds)
+    return data | real | dict(normal=normal, imagining=imagining, details=details)
 
 
 # ---------- 7. The algorithm ----------
@@ -817,7 +804,7 @@ def main(args):
             return rollout(envs, agent, model, args, tasks, deterministic)
 
         for _ in run.iterations(args.total_timesteps // steps, steps):
-            left = run.left()
+            left = run.left()  # share of the training that is to come: from 1 down
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
             belief_optimizer.param_groups[0]["lr"] = args.belief_learning_rate * (left if args.belief_anneal_lr else 1)
@@ -835,7 +822,7 @@ def main(args):
             )
             run.lap("rollout")
 
-            with torch.no_grad():
+            with torch.no_grad():  # log-probabilities and values of the policy that played
                 data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
                 last = agent.value(data["next_obs"][-1], data["beliefs"][-1])
             data["values"] = torch.cat([values, last[None]])
@@ -847,7 +834,7 @@ def main(args):
             losses = {}
             if run.global_step > max(steps, args.precollect):
                 losses = update(agent, optimizer, data, ent_coef, args)
-            # The normalisers move between updates and rollouts, so that a rollout and its update see the same inputs.
+            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
             agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
             agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
             if args.standardise_inputs:

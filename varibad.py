@@ -273,9 +273,11 @@ class Decoder(nn.Module):
         if self.embed_action:
             x += [self.embed_action(action)]
         x = F.dropout(torch.cat(x, -1).relu(), self.dropout, self.training)
-        first, Z = self.net[0], m.shape[-1]
+        (first, *others), Z = self.net, m.shape[-1]
         hidden = F.linear(m, first.weight[:, :Z])[:, None] + F.linear(x, first.weight[:, Z:], first.bias)
-        return self.net[1:](hidden)
+        for layer in others:
+            hidden = layer(hidden)
+        return hidden
 
 
 # ---------- 3. Belief model: what this paper changes ----------

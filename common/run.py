@@ -386,7 +386,6 @@ class Run:
 
     def save(self):
         """Writes checkpoint.pt. FloatingPointError where a weight is not finite: the last checkpoint stands."""
-        self.stopped()  # a checkpoint that was due in any case: after a signal it is the last one, too
         modules = {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
         check_finite(**{f"weights_of_the_{name}": weights(module) for name, module in modules.items()})
         mine = {name: part.state_dict() for name, part in self.own.items()} | dict(rng=torch.get_rng_state())
