@@ -529,6 +529,11 @@ def session_beliefs(model, batch, args):
     return Sessions(first, length, meta_episode, t, alive, mean, logvar, real, prior, logits)
 
 
+def gaussian(mean, logvar):
+    """A reparameterised sample of N(mean, exp(logvar))."""
+    return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+
+
 def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
     """KL(N(mean, exp(logvar)) || N(prior_mean, exp(prior_logvar))), summed over the last dimension."""
     ratio = (logvar - prior_logvar).exp() + (mean - prior_mean).square() * (-prior_logvar).exp()
@@ -642,7 +647,7 @@ def elbo(model, batch, args):
 
     u = torch.arange(len(s.mean), device=s.mean.device)[:, None].expand_as(s.real)
     mean, logvar, real, ahead = draw_posteriors(args, s.mean, s.logvar, s.real, u)
-    m = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    m = gaussian(mean, logvar)
     if args.session_reconstruction:
         decoded = {name: x[s.t, s.meta_episode] for name, x in batch.items()} | dict(alive=s.alive)
     else:

@@ -374,7 +374,7 @@ class BeliefEncoder(nn.Module):
     def sample(self, hidden):
         """m of q(m | tau_:t): hidden (..., D) -> (..., Z)."""
         mean, logvar = self.posterior(hidden)
-        return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        return gaussian(mean, logvar)
 
     def belief(self, hidden):
         """b_t, what the policy sees of encoder-p: hidden (..., D) -> mean and log-variance (..., 2 Z)."""
@@ -414,6 +414,11 @@ class BeliefModel(BeliefEncoder):
         cells = self.cells.expand(m.shape[1], -1, -1) if which is None else self.cells[which]  # (B, C, S)
         cells = self.obs_norm(cells).transpose(0, 1)  # dropout's masks differ between tasks
         return self.reward_decoder(m, None, None, cells).squeeze(-1).transpose(1, 2)
+
+
+def gaussian(mean, logvar):
+    """A reparameterised sample of N(mean, exp(logvar))."""
+    return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
 
 
 def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
@@ -497,10 +502,10 @@ def elbo(model, batch, args):
         kl = kl_gaussians(mean, logvar, *before)
     real = torch.cat([torch.ones_like(batch["alive"][:1]), batch["alive"]])  # not after a step of an idle environment
     mean, logvar, kl, real = draw_posteriors(args, mean, logvar, kl, real)
-    m = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    m = gaussian(mean, logvar)
     reward_loss, state_loss = reconstruction(model, m, real, batch, args)
     kl = average(kl, real)
-    loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl
+    loss = args.state_coef * state_loss + args.reward_coef * reward_loss + args.kl_coef * kl
     return loss, dict(loss=loss, reward=reward_loss, state=state_loss, kl=kl)
 
 
