@@ -18,7 +18,7 @@ import varibad
 from common.envs import BadInput, make_envs
 from common.envs.mewa import DEVIATION, MEAN, REFERENCES, TEST_TASKS
 from tests import mewa_plain as plain
-from tests.test_scripts import ALL, metrics, resume_equals_straight, run
+from tests.test_scripts import ALL, metrics, parse, resume_equals_straight, run
 
 RECORDED = json.loads((Path(__file__).parent / "mewa_reference.json").read_text())
 TASKS = np.array(TEST_TASKS)
@@ -407,7 +407,7 @@ def test_resume(tmp_path):
 
 def test_sizes_of_the_preset():
     """Parameters of variBAD's parts are those of LaSER's Table 4, whose policy has four more: a Gaussian's spread."""
-    args, envs = varibad.parse_args(["--env-id", "MEWA"]), make_envs("MEWA", 1)
+    args, envs = parse(varibad, "--env-id", "MEWA"), make_envs("MEWA", 1)
     model = varibad.BeliefModel(args, envs)
     agent = varibad.Agent(args, 19, envs.single_action_space, model.belief_sizes)
     parts = dict(policy=agent, **dict(model.named_children()))
@@ -419,12 +419,12 @@ def test_sizes_of_the_preset():
 @ALL
 def test_meta_device(script):
     """Rollouts where tensors have shapes and no data: nothing waits for a number, nothing is elsewhere."""
-    args, device = script.parse_args(["--env-id", "MEWA"]), torch.device("meta")
+    args, device = parse(script, "--env-id", "MEWA"), torch.device("meta")
     args.horizon, args.episodes_per_task = 12, 2
     envs = make_envs("MEWA", 3, "test", device=device, horizon=12, episodes_per_task=2)
     with device:
         model = script.BeliefModel(args, envs)
-        sizes = [2 * args.policy_latent_dim] if script is ldm else model.belief_sizes
+        sizes = dict(b=2 * args.policy_latent_dim) if script is ldm else model.belief_sizes
         agent = script.Agent(args, 19, envs.single_action_space, sizes)
     for tasks in (None, ["MEWA/1#0"] * 3):
         data = script.rollout(envs, agent, model, args, tasks=tasks)

@@ -274,7 +274,10 @@ def test_running_norm():
             np.testing.assert_allclose(norm.var, np.var(rows, 0), rtol=1e-3, atol=1e-5)
     standard = norm(torch.tensor(rows).float())
     np.testing.assert_allclose(standard.std(0, correction=0), [1, 1, 0], atol=1e-2)
-    assert standard.isfinite().all()
+    assert standard.isfinite().all() and norm.std[2] == pytest.approx(1e-4)
+    norm = RunningNorm(1, min_std=0.5)
+    norm.update(torch.tensor([[3.0], [3.2]]), torch.ones(2, dtype=torch.bool))
+    assert norm(torch.tensor([4.1])).item() == pytest.approx((4.1 - 3.1) / 0.5)
 
 
 @SCRIPTS
@@ -306,7 +309,7 @@ def test_buffer_is_a_ring(script, env_id):
     filled = buffer.row_bytes * 5
     assert sum(tensor.nbytes for tensor in buffer.store.values()) == filled
     for _ in range(3):
-        data = {name: torch.empty_like(tensor) for name, tensor in records(envs).items()}
+        data = {name: torch.empty_like(records(envs)[name]) for name in script.Buffer.NAMES}
         for n in range(3):  # every number of a meta-episode says which it is, and rewards at which step, too
             for name in ("obs", "next_obs", "actions"):
                 data[name][:, n] = number

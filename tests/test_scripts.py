@@ -1,6 +1,7 @@
 """The scripts as programs: command line, what a run leaves, resume, evaluation. What stands in common/ is tested once,
 on varibad.py; each script once for using it."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -27,7 +28,7 @@ import laser
 import ldm
 import varibad
 from common.arguments import check_bounds, flag, parse_args
-from common.envs import BadInput, make_envs
+from common.envs import BadInput, TensorEnvs, make_envs
 from common.rollouts import by_episode
 from tests import probe
 from tests.test_belief import SCRIPTS, check, signals  # noqa: F401
@@ -394,20 +395,25 @@ def test_runs_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("words", [["--num-envs", "5"], ["--num-envs", "25"], ["--eval-tasks", "6"], ["--eval-sample"]])
 def test_evaluation_covers_each_task_once(words, tmp_path, monkeypatch):
     """However many environments there are, and whatever is left over: each name once, or the first few; with the most
-    likely actions or sampled ones, and never in training mode."""
-    trained_on, rounds, rollout = [], [], varibad.rollout
+    likely actions or sampled ones, and never in training mode. What is written of a task is what it returned."""
+    trained_on, rounds, returned, rollout = [], [], {}, varibad.rollout
 
     def spy(envs, agent, model, args, blind, tasks=None, deterministic=False):
         (rounds if tasks else trained_on).append(tasks)
         assert agent.training == model.training == (tasks is None)
         assert deterministic == (tasks is not None and words != ["--eval-sample"])
-        return rollout(envs, agent, model, args, blind, tasks, deterministic)
+        data = rollout(envs, agent, model, args, blind, tasks, deterministic)
+        if tasks:
+            data["episode_return"] = torch.rand(data["episode_return"].shape)
+            returned.update((name, data["episode_return"][:, i].tolist()) for i, name in list(enumerate(tasks))[::-1])
+        return data
 
     monkeypatch.setattr(varibad, "rollout", spy)
     monkeypatch.setattr(varibad, "draw_pictures", lambda *_: None)
     run(varibad, tmp_path, "--total-timesteps", "100", "--buffer-size", "25", *words, eval_interval=1)
     tasks = json.loads((tmp_path / "eval.json").read_text())["tasks"]["test"]
     assert list(tasks) == make_envs("GridWorld", 1).tasks[: 6 if "--eval-tasks" in words else 21]
+    assert {name: task["return"] for name, task in tasks.items()} == returned
     once, rest = divmod(len(rounds), len(trained_on))  # an evaluation after each iteration
     assert once and not rest and rounds[:once] * len(trained_on) == rounds
     assert list(dict.fromkeys(sum(rounds[:once], []))) == list(tasks)
@@ -417,15 +423,15 @@ def test_evaluation_covers_each_task_once(words, tmp_path, monkeypatch):
 def test_by_episode():
     """What is reported of tasks of two families, by hand."""
     tasks = {
-        "a/0": dict({"return": [1.0, 3.0]}, success=[0.0, 1.0]),
-        "a/1": dict({"return": [2.0, 5.0]}, success=[1.0, 0.0]),
-        "b/0": dict({"return": [6.0, 1.0]}, success=[0.0, 0.0]),
+        "a/0": {"return": [1.0, 3.0], "success": [0.0, 1.0]},
+        "a/1": {"return": [2.0, 5.0], "success": [1.0, 1.0]},
+        "b/0": {"return": [6.0, 4.0], "success": [0.0, 0.0]},
     }
     assert by_episode(tasks) == pytest.approx(
         {
-            "return_episode_1": 3, "return_episode_2": 3, "return": 3, "return/a": 4, "return/b": 1,
-            "success_rate_episode_1": 1 / 3, "success_rate_episode_2": 1 / 3, "success_rate": 1 / 3,
-            "success_rate_any_episode": 2 / 3, "success_rate/a": 1 / 2, "success_rate/b": 0,
+            "return_episode_1": 3, "return_episode_2": 4, "return": 4, "return/a": 4, "return/b": 4,
+            "success_rate_episode_1": 1 / 3, "success_rate_episode_2": 2 / 3, "success_rate": 2 / 3,
+            "success_rate_any_episode": 2 / 3, "success_rate/a": 1, "success_rate/b": 0,
         }
     )  # fmt: skip
     assert not any("/" in key for key in by_episode({name: tasks[name] for name in ("a/0", "a/1")}))
@@ -488,6 +494,8 @@ def continued(script, straight, resumed, *words):
     resumed.mkdir()
     shutil.copy(straight / "checkpoint.pt.previous", resumed / "checkpoint.pt")
     shutil.copy(straight / "metrics.csv", resumed)
+    with open(resumed / "metrics.csv", "a") as file:
+        file.write("200,charts/episodic_return,0.25\r\n" * 9)  # of a run that was longer
     assert torch.load(resumed / "checkpoint.pt")["iteration"] == 2
     torch.manual_seed(123)
     main(script, "--resume", resumed / "checkpoint.pt", *words)
@@ -649,6 +657,42 @@ def test_a_signal_ends_the_run_saved(script, interval, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "rollout", interrupted)
     assert run(script, tmp_path, "--checkpoint-interval", interval)["iteration"] == 2
     assert not (tmp_path / "eval.json").exists() and len(made) == 2
+
+
+@SCRIPTS
+def test_schedules(script, tmp_path, monkeypatch):
+    """Step sizes fall to a quarter in the last of four iterations, the entropy's weight from its start to its end."""
+    seen, ppo_update, update_belief = [], script.ppo_update, script.update_belief
+    rate = lambda optimizer: optimizer.param_groups[0]["lr"]  # noqa: E731
+
+    def policy(agent, optimizer, data, ent_coef, args):
+        seen.append(("policy", rate(optimizer), ent_coef))
+        return ppo_update(agent, optimizer, data, ent_coef, args)
+
+    def belief(model, optimizer, *rest):
+        seen.append(("belief", rate(optimizer)))
+        return update_belief(model, optimizer, *rest)
+
+    monkeypatch.setattr(script, "ppo_update", policy)
+    monkeypatch.setattr(script, "update_belief", belief)
+    words = "--anneal-lr --learning-rate 4 --ent-coef 0.5 --ent-coef-end 0.1 --belief-learning-rate 0.1 --clip-coef 9"
+    run(script, tmp_path, *words.split(), "--belief-updates", "1", "--belief-anneal-lr")
+    assert [x for x in seen if x[0] == "policy"] == [
+        ("policy", 3.0, pytest.approx(0.4)), ("policy", 2.0, pytest.approx(0.3)), ("policy", 1.0, pytest.approx(0.2))
+    ]  # fmt: skip
+    rates = [pytest.approx(rate) for rate in (0.1, 0.075, 0.05, 0.025)]
+    assert [x[1] for x in seen if x[0] == "belief"] == rates
+
+
+@pytest.mark.parametrize("words, made", [([], 2), (["--tbptt", "7"], 1)])
+def test_environments_are_closed(words, made, tmp_path, monkeypatch):
+    """At the end of a run, and where it does not begin."""
+    opened, closed, make, close = [], [], common.run.make_envs, TensorEnvs.close
+    monkeypatch.setattr(common.run, "make_envs", lambda *a, **b: opened.append(make(*a, **b)) or opened[-1])
+    monkeypatch.setattr(TensorEnvs, "close", lambda self: closed.append(self) or close(self))
+    with pytest.raises(BadInput) if words else contextlib.nullcontext():
+        run(varibad, tmp_path, "--total-timesteps", 1, *words, eval_interval=0)
+    assert len(opened) >= made and all(any(envs is other for other in closed) for envs in opened)
 
 
 @SCRIPTS

@@ -17,7 +17,7 @@ from common.envs import BadInput, make_envs
 from common.envs.gridworld import GridWorldAlternating
 from common.envs.locomotion_sessions import HalfCheetahDirSessions, Reacher
 from common.envs.sessions import session_ends, two_contexts
-from tests.test_scripts import resume_equals_straight
+from tests.test_scripts import main, resume_equals_straight
 
 MUJOCO = ["Reacher", "HalfCheetahDirSessions", "HalfCheetahVelSessions", "HalfCheetahWindVelSessions"]
 IDS = ["GridWorldAlternating", *MUJOCO]
@@ -240,9 +240,8 @@ def test_resume_of_a_run(env_id, tmp_path):
     resume_equals_straight(varibad, tmp_path, *words.split())
     args = torch.load(tmp_path / "resumed/checkpoint.pt")["args"]
     assert (args["sessions"], args["session_process"]) == (2, "bernoulli")
-    argv = ["--resume", str(tmp_path / "resumed/checkpoint.pt"), "--sessions", "1"]
     with pytest.raises(BadInput, match="--sessions 1"):
-        varibad.main(varibad.parse_args(argv))
+        main(varibad, "--resume", tmp_path / "resumed/checkpoint.pt", "--sessions", "1")
 
 
 def test_no_waits_for_the_device():

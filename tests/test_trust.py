@@ -186,6 +186,15 @@ varibad.main(args)
         assert f"{what} not saved at step 400: " in done.stdout + done.stderr, what
 
 
+def test_metrics_that_were_lost(tmp_path):
+    """A file that is shorter than it was at the checkpoint is gone on with where it ends, without a gap."""
+    (tmp_path / "metrics.csv").write_bytes(b"global_step,key,value\r\n40,a,1.0\r\n")
+    written = files.Metrics(tmp_path, varibad.Args(), offset=1000, step=80)
+    written.write({"a": 2.0}, 120)
+    written.close()
+    assert (tmp_path / "metrics.csv").read_bytes() == b"global_step,key,value\r\n40,a,1.0\r\n120,a,2.0\r\n"
+
+
 def test_an_unwritable_folder(tmp_path, monkeypatch, capsys):
     """One line, status 2, before any training."""
     (tmp_path / "file").write_text("in the way")
@@ -515,35 +524,40 @@ def test_gradient_of_two_processes(script, env_id, tmp_path, monkeypatch):
         torch.testing.assert_close(norms, s.agent.state_dict())
 
 
-def main_of_rank(rank, path, name, words):
-    """A process of two that runs a script from beginning to end, as torchrun would; it keeps what it came to."""
+def main_of_rank(rank, path, name, words, signalled):
+    """A process of two that runs a script from beginning to end, as torchrun would; it keeps what it came to.
+
+    signalled: whether the second one gets a SIGTERM in its second rollout.
+    """
     script = sys.modules[name]
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # this process is a fork, and the old lock may have been held
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     meet = dict(init_method=f"file://{path}/meet", rank=rank, world_size=2)
     dist.init_process_group = functools.partial(dist.init_process_group, **meet)
-    tasks, rollout = [], script.rollout
+    seen, rollout = [], script.rollout
 
-    def watched(envs, *a, **b):
-        data = rollout(envs, *a, **b)
-        if envs.split == "train" and len(tasks) < 4:
-            tasks.append(data["task"].clone())
+    def watched(envs, agent, *a, **b):
+        data = rollout(envs, agent, *a, **b)
+        if agent.training:
+            seen.append({name: data[name].clone() for name in ("task", "actions")})
+            if signalled and rank == 1 and len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
         return data
 
     class Watched(common.run.Run):
         def finish(self, *a):
             modules = {part: x.state_dict() for part, x in self.parts.items()}
-            torch.save([modules, tasks, self.own["buffer"].state_dict()], f"{path}/{rank}.pt")
+            torch.save([modules, seen, self.own["buffer"].state_dict()], f"{path}/{rank}.pt")
             super().finish(*a)
 
     script.rollout, script.Run = watched, Watched
     script.main(parse(script, *words))
 
 
-def two_processes(script, path, *words):
-    """What both processes came to: models and optimisers, the tasks of their rollouts, their buffers."""
-    arguments = path, script.__name__, [str(word) for word in words]
+def two_processes(script, path, *words, signalled=False):
+    """What both processes came to: models and optimisers, tasks and actions of their rollouts, their buffers."""
+    arguments = path, script.__name__, [str(word) for word in words], signalled
     torch.multiprocessing.start_processes(main_of_rank, arguments, 2, start_method="fork")
     (path / "meet").unlink(missing_ok=True)
     return [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
@@ -556,14 +570,23 @@ def test_two_processes(script, tmp_path):
     words += ["--run-dir", tmp_path / "run"]
     found = two_processes(script, tmp_path, *words)
     assert same(found[0][0], found[1][0]) == []
-    assert len(found[0][1]) == 4 and not any(map(torch.equal, found[0][1], found[1][1]))
-    assert [len(tasks[0]) for _, tasks, _ in found] == [4, 4]
-    stores = [buffer["store"] for *_, buffer in found]
-    assert [len(store["rewards"]) for store in stores] == [5, 5]
-    assert (stores[0]["actions"] != stores[1]["actions"]).float().mean() > 0.3
+    assert len(found[0][1]) == len(found[1][1]) == 4
+    for one, other in zip(found[0][1], found[1][1]):
+        assert len(one["task"]) == len(other["task"]) == 4 and not torch.equal(one["task"], other["task"])
+        assert (one["actions"] != other["actions"]).float().mean() > 0.3  # from the same states, at first
+    assert [len(buffer["store"]["rewards"]) for *_, buffer in found] == [5, 5]
     state = torch.load(tmp_path / "run" / "checkpoint.pt")
     assert state["global_step"] == 320 and same(state["agent"], found[0][0]["agent"]) == []
     assert (tmp_path / "run" / "eval.json").exists()
+
+
+def test_a_signal_to_one_of_two(tmp_path):
+    """Both processes end after the same iteration, saved."""
+    found = two_processes(
+        varibad, tmp_path, *TINY, "--eval-interval", -1, "--run-dir", tmp_path / "run", signalled=True
+    )
+    assert [len(seen) for _, seen, _ in found] == [2, 2]
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["iteration"] == 2
 
 
 def torchrun(*words):
