@@ -57,12 +57,12 @@ def test_spaces(name):
         space = spaces.Discrete(4) if name == "discrete" else space
         words = ["observation_space", " ".join(repr(space).split())[:40]]
         refused(words, check_spaces, space, VECTOR)
-        refused(words, check_env, with_step(lambda *returned: returned, observation_space=space)(), 1.0)
+        refused(words, check_env, with_step(lambda *returned: returned, observation_space=space)(), [1.0])
     if name != "discrete":
         space = spaces.Box(-3, 3, (1,), np.int64) if name == "integers" else space
         words = ["action_space", " ".join(repr(space).split())[:40]]
         refused(words, check_spaces, VECTOR, space)
-        refused(words, check_env, with_step(lambda *returned: returned, action_space=space)(), 1.0)
+        refused(words, check_env, with_step(lambda *returned: returned, action_space=space)(), [1.0])
 
 
 BOXES = st.builds(
@@ -104,7 +104,7 @@ GOOD += [user_envs.Early, user_envs.Plain, user_envs.Other]
 
 @pytest.mark.parametrize("env", GOOD)
 def test_good_environments(env):
-    observation_space, action_space, truth = check_env(env(), 1.0)
+    observation_space, action_space, truth = check_env(env(), [1.0])
     assert (observation_space, action_space) == (env.observation_space, env.action_space)
     assert truth == (None if env is user_envs.Plain else (1,))
 
@@ -156,7 +156,7 @@ for truth in (1.0, "goal", [["a"]], np.zeros((1, 1)), [np.nan], [[1], [1, 2]], {
 def test_bad_environments(name):
     """One sentence that names the culprit."""
     env, words = BAD[name]
-    refused(words, lambda: check_env(env(), 1.0))
+    refused(words, lambda: check_env(env(), [1.0]))
 
 
 ANY = st.none() | st.booleans() | st.floats() | st.integers(-3, 3) | st.text(max_size=3) | st.complex_numbers()
@@ -188,7 +188,7 @@ def test_any_values(data):
             return step(*super().step(action))
 
     try:
-        check_env(Env(), 1.0)
+        check_env(Env(), [1.0])
     except BadInput as error:
         sentence(error)
         return
@@ -343,6 +343,7 @@ def test_bad_vectors(name):
         ("no_set_task", ["family 'line'", "set_task"]),
         ("other_observation", ["observation_space", "'circle'", "'line'", "(3,)", "(2,)"]),
         ("other_action", ["action_space", "'circle'", "'line'", "-2", "-1"]),
+        ("truth_of_the_last", ["info['task']", "(2,)", "(1,)", "two tasks"]),
         ("other_truth", ["info['task']", "'circle'", "(2,)", "(1,)"]),
     ],
 )
@@ -450,6 +451,14 @@ def test_faults_on_the_way(fault, words, late):
     assert envs.elapsed == 3 and not any(map(exists, processes))
 
 
+def test_large_numbers(late):
+    envs = late()
+    envs.reset(tasks=["line/large"] * 2)
+    for _ in range(3):
+        obs, *_ = envs.step(torch.zeros(2, 1))
+    assert obs[:, 0].tolist() == pytest.approx([1e38] * 2)
+
+
 def test_a_first_observation_that_is_not_finite():
     """Of the second episode; and an action that is not finite is not blamed on an environment."""
     envs = make_envs("tests.user_envs:late_reset", 2, "test", horizon=4)
@@ -465,12 +474,13 @@ def test_a_first_observation_that_is_not_finite():
 
 
 def test_truths_of_differing_lengths():
+    """Found at the start in a family's first and last task, and at a reset in others."""
     envs = make_envs("tests.user_envs:truth_by_task", 2)
     processes = pids(envs)
     envs.reset(tasks=["line/0", "line/1"])
     with pytest.raises(BadInput) as error:
-        envs.reset(tasks=["line/0", "line/4"])
-    sentence(error, "info['task'] of line/4", "(2,)", "(1,)")
+        envs.reset(tasks=["line/0", "line/2"])
+    sentence(error, "info['task'] of line/2", "(2,)", "(1,)")
     assert not any(map(exists, processes))
 
 

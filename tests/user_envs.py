@@ -132,7 +132,7 @@ class TruthByTask(Base):
     """A ground truth whose length depends on the task."""
 
     def reset(self, **given):
-        return super().reset(**given)[0], {"task": np.zeros(1 + (self.goal > 0))}
+        return super().reset(**given)[0], {"task": np.zeros(1 + (self.goal == 0))}
 
 
 class NoSetTask(gymnasium.Env):
@@ -155,6 +155,7 @@ class Late(Base):
         big=lambda obs, *rest: (obs.astype(float) + 1e300, *rest),
         nan_reward=lambda obs, reward, *rest: (obs, np.nan, *rest),
         none_reward=lambda obs, reward, *rest: (obs, None, *rest),
+        large=lambda obs, *rest: (obs + np.float32(1e38), *rest),  # no fault: it is finite
     )
 
     def set_task(self, data):
@@ -223,7 +224,8 @@ other_observation = make({"line": Base, "circle": Other}, [*GOALS, ("circle", "0
 other_action = make({"line": Base, "circle": OtherAction}, [*GOALS, ("circle", "0", 1.0)])
 other_truth = make({"line": Base, "circle": OtherTruth}, [*GOALS, ("circle", "0", 1.0)])
 other_unused = make({"line": Base, "circle": Other})  # without a task in this split
-truth_by_task = make(TruthByTask)
+truth_by_task = make(TruthByTask)  # in the middle one of five
+truth_of_the_last = make(TruthByTask, [("line", "1", 1.0), ("line", "0", 0.0)])
 no_set_task = make(NoSetTask)
 ends = make(Ends)
 sleeps = make(Sleeps, timeout=1.0)

@@ -71,9 +71,10 @@ def check_names(names, split):
 # ---------- One of Gymnasium's environments ----------
 
 
-def check_env(env, data):
-    """BadInput unless it is a gymnasium.Env with tasks, as the docstring of workers.py has it. Plays one step in the
-    task `data`. Returns observation_space, action_space and the shape of info["task"], None where there is none."""
+def check_env(env, tasks):
+    """BadInput unless it is a gymnasium.Env with tasks, as the docstring of workers.py has it. Resets it to these tasks
+    and plays a step. Returns observation_space, action_space and the shape of info["task"], None where there is none.
+    """
     for name in ("observation_space", "action_space", "set_task", "reset", "step", "close"):
         if not hasattr(env, name):
             inner = hasattr(getattr(env, "unwrapped", None), name)
@@ -81,12 +82,16 @@ def check_env(env, data):
     space, action_space = env.observation_space, env.action_space
     check_spaces(space, action_space)
     _check_takes(env.reset, "seed")
-    env.set_task(data)
-    obs, info = _several("reset", env.reset(seed=0), "observation, info")
-    _check_numbers("the observation of reset", obs, space.shape)
-    truth = info.get("task")
-    if truth is not None:
-        _check_numbers("info['task'] of reset", truth)
+    truths = set()
+    for task in tasks:
+        env.set_task(task)
+        obs, info = _several("reset", env.reset(seed=0), "observation, info")
+        _check_numbers("the observation of reset", obs, space.shape)
+        if info.get("task") is not None:
+            _check_numbers("info['task'] of reset", info["task"])
+        truths.add(None if info.get("task") is None else np.shape(info["task"]))
+    if len(truths) > 1:
+        raise BadInput(f"info['task'] of reset has {' and '.join(map(str, truths))} as shapes, in two tasks")
     if isinstance(action_space, Discrete):
         action = action_space.dtype.type(action_space.start)
     else:
@@ -100,7 +105,7 @@ def check_env(env, data):
         flag = _array(given)
         if flag.size != 1 or flag.item() not in (0, 1):
             raise BadInput(f"{name} of step is {short(given)}, and must be a bool")
-    return space, action_space, None if truth is None else np.shape(truth)
+    return space, action_space, *truths
 
 
 def _check_takes(reset, name):
