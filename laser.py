@@ -68,7 +68,7 @@ from common.plot import draw_contexts, draw_curves, draw_similarity
 from common.processes import check_finite, descend
 from common.rollouts import by_episode, outcomes, record_step, records
 from common.run import Run, start
-from common.tokens import Packing, Slots, action_input, seen_slots, tokens_shape
+from common.tokens import Packing, Slots, action_input, tokens_shape
 
 # ---------- 1. Arguments ----------
 
@@ -180,15 +180,10 @@ UNCHANGED = " ".join(["explore_iterations oracle_context belief explored exploit
 
 def check_args(args):
     """BadInput for arguments that do not fit each other."""
+    size, heads = args.d_model, args.num_heads
     refuse(
-        (
-            args.d_model % (2 * args.num_heads),
-            f"--num-heads {args.num_heads}: twice as many do not divide --d-model {args.d_model}",
-        ),
-        (
-            args.explored and not learns(args),
-            "--explored makes no sense without an encoder: --no-belief and --oracle-context have none",
-        ),
+        (size % (2 * heads), f"--num-heads {heads}: twice as many do not divide --d-model {size}"),
+        (args.explored and not learns(args), "--explored needs an encoder: --no-belief, --oracle-context have none"),
     )
 
 
@@ -358,12 +353,12 @@ class Transformer(nn.Module):
         return x
 
     def step(self, token, slot, caches, seen):
-        """One slot's output (N, D), as forward's with a causal mask: token (N, X), seen (N, L), caches (blocks, 2, N,
-        heads, L, .), which get the slot's keys and values."""
+        """One slot's output (N, D), as forward's with a causal mask: token (N, X), seen (N, slot + 1), caches (blocks,
+        2, N, heads, L, .), which get the slot's keys and values."""
         x = (self.embed(token) + self.positions[slot])[:, None]
         for block, cache in zip(self.blocks, caches):
             cache[:, :, :, slot : slot + 1] = torch.stack(block.memory(x))
-            x = block.attend(x, *cache[:, :, :, : slot + 1], seen[:, None, None, : slot + 1])
+            x = block.attend(x, *cache[:, :, :, : slot + 1], seen[:, None, None])
         return x[:, 0]
 
 
@@ -415,9 +410,10 @@ class Encoder(nn.Module):
 
     def step(self, token, slot, caches, valid):
         """Gamma of one slot, as `gammas` has it: token (N, X), valid (N, L) up to the slot -> (N, D)."""
+        seen = valid[:, : slot + 1] if self.mask_pads else torch.ones_like(valid[:, : slot + 1])
         with self.half():
-            code = self.gamma_head(self.f_u.step(token, slot, caches, seen_slots(valid, self.mask_pads)))
-        return code.float() * valid[:, slot, None] if self.mask_pads else code.float()
+            code = self.gamma_head(self.f_u.step(token, slot, caches, seen))
+        return code.float() * seen[:, -1:]
 
     def latents(self, tokens, valid):
         """f_b -> Z (N, L, D), and the mean of each episode's output over its slots and units (N, K)."""
@@ -965,12 +961,10 @@ def load_explored(args, script, encoder, explorer):
     """--explored: encoder and exploration policy of another run. Raises BadInput where they do not fit."""
     path, state = args.explored, load_checkpoint(args.explored, script)
     saved, done = Args(**state["args"]), state["iteration"]
+    last = saved.explore_iterations
     refuse(
         (not explores(saved), f"--explored {path}: that run has no phase 1 of its own"),
-        (
-            done < saved.explore_iterations,
-            f"--explored {path} is in its phase 1, at iteration {done} of {saved.explore_iterations}: --resume it",
-        ),
+        (done < last, f"--explored {path} is in its phase 1, at iteration {done} of {last}: --resume it first"),
     )
     for name in ENCODER:
         mine, its = getattr(args, name), getattr(saved, name)
@@ -1009,7 +1003,7 @@ def main(args):
         # What phase 1 alone needs has no names here but these two: it goes with the phase.
         learners, stores, room = start_phase_1(args, run, encoder, explorer) if run.iteration < phase_1 else ({}, {}, 0)
         run.keep(**parts, **learners, own=own | stores, room=room, fixed=UNCHANGED, most_eval_envs=36)
-        test_envs = {
+        eval_exploit_envs = {
             split: run.make_envs(split, one.num_envs * args.eval_episodes, episodes_per_task=1)
             for split, one in run.eval_envs.items()
         }
@@ -1017,8 +1011,9 @@ def main(args):
         run.compile(encoder.f_b, "forward")
 
         def play(envs, tasks, deterministic):
-            return meta_test(envs, test_envs[envs.split], encoder, explorer, agent, args, tasks, deterministic)
+            return meta_test(envs, eval_exploit_envs[envs.split], encoder, explorer, agent, args, tasks, deterministic)
 
+        # Lines 2 to 7: the encoder and the exploration policy
         for iteration in run.iterations(phase_1, unit=" iterations", about="phase 1") if learners else ():
             data = explore(stores["many_envs"], encoder, explorer, args)
             run.global_step += int(data["alive"].sum())
@@ -1030,7 +1025,7 @@ def main(args):
             if iteration > args.initial_iterations:
                 losses |= train_exploration_policy(explorer, learners["explore_optimizer"], data, args)
             run.lap("ppo")
-            if iteration == phase_1:  # lines 6 and 7
+            if iteration == phase_1:  # lines 6 and 7; then all that phase 2 does without makes room
                 encoder.z_hat.copy_(shared_component(encoder, stores["buffer"], args))
                 run.parts, run.own = parts, own
                 learners.clear(), stores.clear()
@@ -1042,6 +1037,7 @@ def main(args):
             if run.stopped() or run.due(args.checkpoint_interval):
                 run.save()
 
+        # Lines 8 to 10: the task policy
         for iteration in run.iterations(last, unit=" iterations", about="phase 2"):
             left = 1 - (iteration - 1 - phase_1) / max(1, args.task_iterations)
             optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)

@@ -24,24 +24,19 @@ def action_input(space, device):
     return lambda action: torch.maximum(torch.minimum(action, high), low)
 
 
-def seen_slots(valid, mask_idle):
-    """The slots that may be attended to (N, L): the valid ones, and the first, so that nothing attends to nothing."""
-    seen = valid.clone() if mask_idle else torch.ones_like(valid)
-    seen[:, 0] = True
-    return seen
-
-
 class Slots:
     """Which slots of N meta-episodes are computed, seen and shown: valid (N, L).
 
-    Computed are M slots, `numbers` (M,): the first, and those that are valid in any of the sequences, for what is idle
-    in all changes nothing; all of them if `every`. Seen are the valid ones, `seen` (N, 1, 1, M): see seen_slots. Shown
-    are the valid ones, `shown` (N, M, 1): codes of the others are zeros. Without mask_idle all are seen and shown.
+    Computed are M slots, `numbers` (M,): those that are seen in any of the sequences, for what is idle in all changes
+    nothing; all of them if `every`. Seen, which is attended to, `seen` (N, 1, 1, M), are the valid ones and the first,
+    so that nothing attends to nothing. Shown, `shown` (N, M, 1), are the valid ones: codes of the others are zeros.
+    Without mask_idle all are seen and shown.
     """
 
     def __init__(self, valid, mask_idle, every=False):
         self.valid = valid if mask_idle else torch.ones_like(valid)
-        seen = seen_slots(valid, mask_idle)
+        seen = self.valid.clone()
+        seen[:, 0] = True
         if every:
             self.numbers = torch.arange(valid.shape[1], device=valid.device)
         else:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ import common.run
 import laser
 from common.arguments import flag, parse_args
 from common.envs import BadInput, make_envs
-from common.tokens import Slots, seen_slots
+from common.tokens import Slots
 from tests.test_belief import check, signals  # noqa: F401
 from tests.test_scripts import command, metrics, same
 
@@ -170,7 +171,7 @@ def test_idle_slots_do_not_count(mewa):
             for a, b in zip(first, (gammas, Z, pooled, c)):
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert all(not codes[~valid].any() and codes[valid].any() for codes in (gammas, Z, c))
-    out = s.encoder.f_b(tokens, torch.arange(63), seen_slots(valid, True)[:, None, None])
+    out = s.encoder.f_b(tokens, torch.arange(63), Slots(valid, True, every=True).seen)
     for n, k in ((1, 0), (1, 1), (3, 2)):
         own = [out[n, t].mean() for t in range(21 * k, 21 * k + 21) if valid[n, t]]
         assert pooled[n, k].item() == pytest.approx(torch.stack(own).mean().item(), abs=1e-5)
@@ -228,7 +229,7 @@ def test_context(mewa):
     s, valid = mewa, mewa.batch["valid"][0]
     gammas, Z, z = torch.randn(3, 4, 63, 8)[0], torch.randn(4, 63, 8), torch.randn(8)
     c = s.encoder.context(Z, gammas, z, valid)
-    x = s.encoder.h_gamma(gammas, Z, seen_slots(valid, True)[:, None, None])
+    x = s.encoder.h_gamma(gammas, Z, Slots(valid, True, every=True).seen)
     value = s.encoder.h_z.qkv(s.encoder.z_embed(z))[16:]
     x = x + s.encoder.h_z.out(value)
     torch.testing.assert_close(c[valid], (x + s.encoder.h_z.net(x))[valid], atol=1e-5, rtol=1e-5)
@@ -841,8 +842,11 @@ def test_resume(stop, words, tmp_path):
 
 
 def test_phase_2_of_another_run(trained, tmp_path):
-    """--explored: encoder and exploration policy of that run, unchanged, and a new task policy."""
+    """--explored: encoder and exploration policy of that run, unchanged, and a new task policy. What the encoder was
+    made for need not be said again."""
     folder, end = trained
+    args = vars(parse("--explored", folder / "checkpoint.pt", "--seed", 5))
+    assert all(args[name] == end["args"][name] for name in laser.ENCODER) and args["d_model"] == 8
     other = run(tmp_path, "--explored", folder / "checkpoint.pt", "--seed", "5")
     assert same(end["encoder"], other["encoder"]) == [] == same(end["explorer"], other["explorer"])
     assert other["iteration"] == 3 and same(end["agent"], other["agent"])
@@ -1053,6 +1057,21 @@ def test_who_learns_when(tmp_path):
     assert same(task_rec, made[4]["target"]) == [] and made[4].keys() >= PHASE_1 and not made[5].keys() & PHASE_1
     assert [bool(made[i]["encoder"]["z_hat"].any()) for i in (4, 5, 8)] == [False, True, True]
     assert same(made[5]["encoder"], made[8]["encoder"]) == [] and same(made[5]["agent"], made[6]["agent"])
+
+
+def test_phase_1_makes_room(tmp_path, monkeypatch):
+    """Nothing holds its heads, target and buffer while the task policy trains."""
+    kept, alive, start, exploit = [], [], laser.start_phase_1, laser.exploit
+
+    def begin(*a):
+        parts, stores, room = start(*a)
+        kept.extend(weakref.ref(x) for x in (parts["heads"], parts["target"], stores["buffer"]))
+        return parts, stores, room
+
+    monkeypatch.setattr(laser, "start_phase_1", begin)
+    monkeypatch.setattr(laser, "exploit", lambda *a: alive.append([ref() for ref in kept]) or exploit(*a))
+    run(tmp_path, "--task-iterations", 1)
+    assert alive == [[None, None, None]]
 
 
 def test_learning_rates_of_a_resumed_run(tmp_path):
