@@ -218,8 +218,9 @@ class WorkerVectorEnv:
     def _check_finite(self):
         """WorkerError that names the environment whose reward or observation is not finite."""
         block = self._block
-        if math.isfinite(block.numbers.dot(block.numbers)):  # in a microsecond; what overflows is looked at, too
-            return
+        with np.errstate(over="ignore"):
+            if math.isfinite(block.numbers.dot(block.numbers)):  # in a microsecond; below, what overflows is fine
+                return
         for what, array in (("reward", block.reward), ("observation", block.final_obs), ("observation", block.obs)):
             for i in np.argwhere(~np.isfinite(array))[:1, 0].tolist():
                 self.close()
