@@ -25,7 +25,8 @@ A meta-episode of six transitions x = (s, a, r, s') and two sessions; first what
     b0 is what the encoder believes before it has read anything, c0 = p(m' | b3) the first belief of the next session.
     Read beside x: the GRU reads the belief that ended the session before (zeros: there is none) with every transition
     of a session. It is data, without a gradient. The GRU's hidden state runs on from session to session.
-    (4): with D(b) = KL(b || b3), D(b2) > D(b1) costs, and D(b3) > D(b2); likewise with KL(c || c3).
+    (4): with D(b) = KL(b || b3), D(b2) > D(b1) costs; D(b3) is 0, so that the last arrow never does. Likewise with c3.
+    By default the encoder reads with x2 the next session's first state, which hints at the end; decoders read s'.
     Sessions end in the loss where they truly do, in a rollout where d is guessed to be 1. Where that is overlooked at
     x2 there is no c0: the policy acts on b3, and zeros are read beside x3. That x5 is the last is always known.
 
@@ -35,7 +36,7 @@ A meta-episode of six transitions x = (s, a, r, s') and two sessions; first what
     python -m common.plot runs/* --boxes sessions                                                        # Figure 8
 
 Equation (of the paper)                                          function
-    (1), (2) return, values: PPO in place of Q-learning          Agent, gae, ppo_update
+    (1), (2) return; V(s, b) in place of the paper's Q(s, a, m)  Agent, gae, ppo_update
     q(m^i, d | tau_:t, m^i-1), Figure 3                          Encoder, BeliefModel
     sessions i and their last steps t_i                          split_sessions
     (3), appendix A: ELBO over sessions, its KL                  session_beliefs, session_kl, termination_loss
@@ -50,12 +51,13 @@ Where this leaves the paper
     Session ends learn from the simulator's true ones, in training alone: the paper does not say how they could.
     Rollouts follow predictions, q(d = 1) > 1/2; where none is predicted, a rollout never conditions.
     (6) as printed would maximise the consistency penalty: it is subtracted. Of (7), lambda weighs the KL alone.
-    The loss's sums are over the number of pairs of a belief and a transition that it decodes, also those of (4), the
-    KL and session ends, which are small in long sessions.
+    All sums of the loss are divided by the number of pairs of a belief and a transition that it decodes: so (4), the
+    KL and session ends weigh little in long sessions. (4) leaves out a session's belief before its first step.
+    The policy sees mean and log-variance, where Algorithm 3 acts on a drawn m; it is updated before the encoder.
     The reward's decoder sees s' as well: (m, s, a, s'), and on the alternating grid (m, s'). The state's gives s' - s.
     p(m' | m) is a small network; a session's first belief is its prediction (--boundary-belief initial: Algorithm 3).
     The GRU's hidden state is kept (main text); appendix A resets it: --reset-hidden-at-session.
-    PPO clips the gradients of actor and critic apart, and no values: --joint-clip, --value-loss clipped.
+    PPO clips the gradients of actor and critic separately, and no values: --joint-clip, --value-loss clipped.
     The grid's preset and those without --cuda are ours: with Table 2's values, returns on the grid stay below 40.
 """
 
@@ -430,7 +432,7 @@ class BeliefModel(nn.Module):
         """Whether q(d = 1) > 1/2 (ours; the paper draws d): hidden (N, D) -> bool (N,)."""
         return self.termination(hidden).squeeze(-1) > 0
 
-    def belief(self, hidden, deterministic=False):
+    def belief(self, hidden):
         """What the policy sees, the parts of `belief_sizes` side by side: hidden (N, D) -> (N, 2 Z)."""
         return torch.cat(self.posterior(hidden), -1)
 
@@ -817,7 +819,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
         obs = obs + shift
         hidden = torch.zeros(N, args.hidden_dim, device=device)
         condition = torch.zeros(N, 2 * args.latent_dim, device=device)
-        belief = data["beliefs"][0] if blind else model.belief(hidden, deterministic)  # blind: zeros
+        belief = data["beliefs"][0] if blind else model.belief(hidden)  # blind: zeros
         for t in range(T + 1):
             context = info.get("context", data["task"])  # of the next transition
             contexts.append(context.clone())
@@ -832,7 +834,7 @@ def rollout(envs, agent, model, args, blind=False, tasks=None, deterministic=Fal
             if not (args.oracle_context or blind):
                 seen = obs if args.encoder_obs == "post" and t + 1 < T else data["next_obs"][t]
                 hidden = model.step(action, seen, data["rewards"][t], condition, hidden)
-                belief = model.belief(hidden, deterministic)
+                belief = model.belief(hidden)
                 data["predicted_end"][t] = ended = model.terminates(hidden)
                 ended = data["session_end"][t] if args.oracle_terminations else ended
                 if t + 1 < T and (device.type != "cpu" or ended.any()):  # to look would make a GPU wait

@@ -33,15 +33,16 @@ Equation, algorithm                                              function
 
 Where this leaves the paper
     As the authors' code: the form of (4), five exploitation episodes of a task (Algorithm 5: one), no contrastive loss
-    at first, w fixed during an update; on MEWA beta, zeta, and no normalised inputs and rewards. Not as theirs: c is
-    made of Gamma, too, and the encoder's step size. Ours: idle slots are masked.
-    Algorithms 3 and 4 share their data. Each gradient step of 3 has a batch of the buffer, and z^ is a mean over five.
+    at first, w and V fixed during an update; on MEWA beta, zeta, and no normalised inputs and rewards. Not as theirs:
+    c is made of Gamma, too, and the encoder's step size. Ours: idle slots are masked in attention, L_rec and R, and
+    count as zeros in L_t-rec and delta; a masked token keeps its action (<MASK> carries nothing in the paper).
+    Algorithms 3 and 4 share their data. Each step of 3 draws its batch from the buffer, and z^ is the mean of five z.
     delta is made of a mean of squares ((7) as printed: of the mean's square). L_t-rec reaches f_b through Z_j alone;
     the contrastive loss draws a j of its own (Algorithm 3: one).
     V(s), which the text leaves open, is the critic with zeros for a context: nothing trains it on these.
     Evaluation samples all actions; the authors' tester of MEWA takes the likeliest ones in exploitation.
-    --oracle-context trains on the test split; section 5.3 does so on MEWA alone. No flag shows Gamma_t to the task
-    policy, as Table 4 counts it. Without --cuda, and where the paper has no values, sizes and step sizes are ours.
+    --oracle-context trains on the test split; section 5.3 does so on MEWA alone. Table 4 counts an input Gamma_t of the
+    task policy: ours has none. Without --cuda, and where the paper has no values, sizes and step sizes are ours.
 """
 
 import contextlib
@@ -428,7 +429,10 @@ class Encoder(nn.Module):
         return self.z_head(pooled.flatten())
 
     def context(self, Z, gammas, z, valid):
-        """(9) c = h(z, Z_j, Gamma): Z, gammas (N, L, D), z (D,) -> (N, L, D)."""
+        """(9) c = h(z, Z_j, Gamma): Gamma queries Z_j, and what comes of it the single token W z.
+
+        Z, gammas (N, L, D), z (D,) -> (N, L, D).
+        """
         slots = self.slots(valid)
         with self.half():
             c = slots.take(Z)
@@ -1000,7 +1004,7 @@ def main(args):
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
         parts = dict(encoder=encoder, explorer=explorer, agent=agent, optimizer=optimizer)
         own = dict(envs=envs, exploit_envs=exploit_envs)
-        # What phase 1 alone needs has no names here but these two: it goes with the phase.
+        # Only these two dicts hold what phase 1 alone needs, so that clearing them frees it.
         learners, stores, room = start_phase_1(args, run, encoder, explorer) if run.iteration < phase_1 else ({}, {}, 0)
         run.keep(**parts, **learners, own=own | stores, room=room, fixed=UNCHANGED, most_eval_envs=36)
         eval_exploit_envs = {
@@ -1041,7 +1045,9 @@ def main(args):
         for iteration in run.iterations(last, unit=" iterations", about="phase 2"):
             left = 1 - (iteration - 1 - phase_1) / max(1, args.task_iterations)
             optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
-            exploit_envs.load_state_dict(envs.state_dict())  # both draw the same tasks: their resets have one number
+            exploit_envs.load_state_dict(
+                envs.state_dict()
+            )  # its next reset repeats each task that envs' next one draws
             contexts, steps, env_seconds = find_contexts(envs, encoder, explorer, args)
             data = exploit(exploit_envs, agent, contexts)
             data["env_seconds"] += env_seconds

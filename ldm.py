@@ -23,8 +23,9 @@ Section of the paper                                             function
     3.4 an iteration: new tasks, roles and weights               main
 
 Where this leaves the paper, and the authors' code
-    KL weight: that of a summed ELBO, as in the text, so 1 / 120 on the grid and 50 / 401 / 400 on MuJoCo. The authors'
-    code has a mean over the decoded transitions: in our means, 1 and 50 / 401.
+    KL weight: in our means 1 / 120 on the grid is that of a summed ELBO, as in the text; 50 / 401 / 400 on MuJoCo counts
+    their 50 of 401 posteriors, too. The authors' code has a mean over decoded transitions: 1 and 50 / 401 here.
+    Roles and weights are drawn anew for every meta-episode; the policy sees b_t alone, so that b_0 has not read s_0.
     Encoder-p reads the state that is acted on: after an episode's end the next one's first, without a flag (theirs:
     the last one, with a flag).
     The buffer holds the last meta-episodes (theirs takes no more once it has seen as many as it holds).
@@ -251,7 +252,7 @@ class Agent(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and GRU: the history of (a, s', r) -> hidden (D); the posterior's heads stand in BeliefModel."""
+    """Embeddings and GRU: the history of (a, s', r) -> hidden (D); the posterior's heads stand in BeliefEncoder."""
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
@@ -733,10 +734,11 @@ class Buffer:
 def rollout(envs, agent, model, args, tasks=None, deterministic=False, mixture=None):
     """One meta-episode in every environment, from a reset and the prior belief.
 
-    mixture: of `draw_mixture`. Rewards of mixture workers are imaginary then, for both encoders and all that learns.
+    mixture: of `draw_mixture`. Rewards of mixture workers are imaginary then, in what encoders read and the policy
+    learns from; the latent dynamics network learns from the normal workers alone.
     Returns what `records` and, of the normal workers, `outcomes` name, the tensors below, first_obs (N, S), task
-    (N, G), normal (n,), imagining (N,), mixed (N, Z), the last m^, env_seconds, the time spent in `envs.step`, and
-    details: what an evaluation keeps of each environment, its last belief by parts.
+    (N, G), normal (n,), imagining (N,), mixed (N, Z), the last m^, and details: what an evaluation keeps of each
+    environment, its last belief by parts.
     """
     T, N, S, device = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0], envs.device
     normal, imagining, alpha = mixture or (torch.arange(N, device=device), None, None)
