@@ -23,7 +23,7 @@ Section of the paper                                             function
     3.4 an iteration: new tasks, roles and weights               main
 
 Where this leaves the paper, and the authors' code
-    KL weight: in our means 1 / 120 on the grid is that of a summed ELBO, as in the text; 50 / 401 / 400 on MuJoCo counts
+    KL weight: in our means 1 / 120 on the grid is that of a summed ELBO, as in the text; 50 / 401 / 400 on MuJoCo has
     their 50 of 401 posteriors, too. The authors' code has a mean over decoded transitions: 1 and 50 / 401 here.
     Roles and weights are drawn anew for every meta-episode; the policy sees b_t alone, so that b_0 has not read s_0.
     Encoder-p reads the state that is acted on: after an episode's end the next one's first, without a flag (theirs:
