@@ -379,9 +379,15 @@ def kinds(script, other=None):
     return {name: hint for name, hint in get_type_hints(script.Args).items() if name in names}
 
 
-def one_iteration_or_one_sentence(script, args, folder):
-    """One iteration runs to its end, or one sentence says what is wrong."""
-    args.run_dir, args.total_timesteps = str(folder / "run"), 1
+@functools.cache
+def usual(script, *words):
+    """The arguments of a tiny run; to parse them takes longer than to run it."""
+    return parse(script, *words, "--eval-interval", "-1")
+
+
+def one_iteration_or_one_sentence(script, args, folder, **changes):
+    """With these changes, one iteration runs to its end, or one sentence says what is wrong."""
+    args = dataclasses.replace(args, run_dir=str(folder / "run"), total_timesteps=1, **changes)
     try:
         check_bounds(args)
         script.main(args)
@@ -400,9 +406,7 @@ def test_each_argument_at_its_edges(script, tmp_path):
     assert len(tried) > 5
     for name, kind in tried.items():
         for value in edges.get(kind) or get_args(kind):
-            args = parse(script, *tiny(script, "--eval-interval", "-1"))
-            setattr(args, name, value)
-            one_iteration_or_one_sentence(script, args, tmp_path)
+            one_iteration_or_one_sentence(script, usual(script, *tiny(script)), tmp_path, **{name: value})
 
 
 NUMBERS = st.one_of(
@@ -427,15 +431,16 @@ def draw_value(data, name, kind):
 
 
 @ALL
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_arguments_at_random(script, data, tmp_path_factory):
     """Whatever values a few arguments get: one iteration runs to its end, or one sentence says what is wrong."""
     env_id = data.draw(st.sampled_from(["GridWorld", "SparsePointRobot"]), "env_id")
-    args, known = parse(script, *TINY, "--env-id", env_id, "--eval-interval", "-1", "--tbptt", "0"), kinds(script)
-    for name in data.draw(st.lists(st.sampled_from([*known]), min_size=1, max_size=4, unique=True), "names"):
-        setattr(args, name, draw_value(data, name, known[name]))
-    one_iteration_or_one_sentence(script, args, tmp_path_factory.mktemp("run"))
+    known = kinds(script)
+    names = data.draw(st.lists(st.sampled_from([*known]), min_size=1, max_size=4, unique=True), "names")
+    changes = {name: draw_value(data, name, known[name]) for name in names}
+    args = usual(script, *TINY, "--env-id", env_id, "--tbptt", "0")
+    one_iteration_or_one_sentence(script, args, tmp_path_factory.mktemp("run"), **changes)
 
 
 def test_track(tmp_path, monkeypatch):
