@@ -1045,9 +1045,8 @@ def main(args):
         for iteration in run.iterations(last, unit=" iterations", about="phase 2"):
             left = 1 - (iteration - 1 - phase_1) / max(1, args.task_iterations)
             optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
-            exploit_envs.load_state_dict(
-                envs.state_dict()
-            )  # its next reset repeats each task that envs' next one draws
+            # The next reset repeats each task that the next one of envs draws.
+            exploit_envs.load_state_dict(envs.state_dict())
             contexts, steps, env_seconds = find_contexts(envs, encoder, explorer, args)
             data = exploit(exploit_envs, agent, contexts)
             data["env_seconds"] += env_seconds
