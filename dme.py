@@ -35,6 +35,9 @@ Where this leaves the paper
     beta_w and beta_y are ours: at beta_w 1, KL_w goes to 0. The first belief is the heads' (--initial-belief prior).
 """
 
+import common  # noqa: F401  # before PyTorch: a Ctrl-C during its import leaves no traceback
+
+# isort: split
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +53,7 @@ from torch.distributions import Normal
 from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experiment, Fraction, Layers, refuse
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_mixture, draw_returns
-from common.processes import all_sum, check_finite, descend, leads, ranks, share
+from common.processes import all_sum, check_steps, descend, leads, ranks, share
 from common.rollouts import obs_shift, outcomes, record_step, records
 from common.run import Run, start
 
@@ -240,7 +243,7 @@ class Agent(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and GRU: the history of (a, s', r) -> hidden (D); the posterior's heads stand in BeliefModel."""
+    """Embeddings and GRU: the history of (a, s', r) -> hidden (D), of which heads make the posterior."""
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
@@ -748,8 +751,8 @@ def main(args):
                 virtual = bool(all_sum(torch.rand((), device=run.device) * leads()) < virtual_rate)
             data = rollout(envs, agent, model, args, blind, virtual=virtual)
             run.global_step += steps
-            check_finite(observation=data["obs"], next_observation=data["next_obs"], reward=data["true_rewards"])
-            check_finite(decoded_reward=data["rewards"])
+            played = dict(observation=data["obs"], next_observation=data["next_obs"], reward=data["true_rewards"])
+            check_steps(**played, decoded_reward=data["rewards"])
             run.lap("rollout")
 
             with torch.no_grad():  # log-probabilities and values of the policy that played

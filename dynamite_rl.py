@@ -61,6 +61,9 @@ Where this leaves the paper
     The grid's preset and those without --cuda are ours: with Table 2's values, returns on the grid stay below 40.
 """
 
+import common  # noqa: F401  # before PyTorch: a Ctrl-C during its import leaves no traceback
+
+# isort: split
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -76,7 +79,7 @@ from common.arguments import Above0, AtLeast0, Bounds, Count, Count0, Dropout, E
 from common.envs import BadInput
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import NAMES, describe, draw_lines, draw_sessions
-from common.processes import all_sum, check_finite, descend, ranks, share
+from common.processes import all_sum, check_steps, descend, ranks, share
 from common.rollouts import by_episode, obs_shift, outcomes, record_step, records
 from common.run import Run, start
 
@@ -911,7 +914,7 @@ def main(args):
             blind = is_blind(run.global_step, args)
             data = rollout(envs, agent, model, args, blind)
             run.global_step += steps
-            check_finite(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
+            check_steps(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
             run.lap("rollout")
 
             with torch.no_grad():  # log-probabilities and values of the policy that played

@@ -45,6 +45,9 @@ Where this leaves the paper
     task policy: ours has none. Without --cuda, and where the paper has no values, sizes and step sizes are ours.
 """
 
+import common  # noqa: F401  # before PyTorch: a Ctrl-C during its import leaves no traceback
+
+# isort: split
 import contextlib
 import math
 import os
@@ -66,8 +69,8 @@ from common.files import load_checkpoint, load_modules
 from common.memory import check_memory
 from common.networks import BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_contexts, draw_curves, draw_similarity
-from common.processes import check_finite, descend
-from common.rollouts import by_episode, outcomes, record_step, records
+from common.processes import check_finite, check_steps, descend
+from common.rollouts import by_episode, first_tasks, outcomes, record_step, records
 from common.run import Run, start
 from common.tokens import Packing, Slots, action_input, tokens_shape
 
@@ -863,6 +866,7 @@ def find_contexts(envs, encoder, explorer, args):
     if not learns(args):
         return told_contexts(envs, args), 0, 0.0
     data = explore(envs, encoder, explorer, args)
+    check_steps(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
     with torch.no_grad():
         contexts = encoder.task_context(data["tokens"], data["valid"], data["gammas"])
     return contexts, data["alive"].sum(), data["env_seconds"]
@@ -951,7 +955,7 @@ def start_phase_1(args, run, encoder, explorer):
     buffer = Buffer(min(args.buffer_size, args.explore_iterations * args.num_envs), envs, args.meta_episodes)
     needed = memory_needed(args, buffer.size * buffer.row_bytes, token_dim)
     advice = "choose a smaller --buffer-size, --belief-batch or --meta-episodes, or --recompute"
-    check_memory(needed, run.device, "phase 1", advice)
+    print(check_memory(needed, run.device, "phase 1", advice))
     heads = Heads(args, token_dim, length).to(run.device)
     target = deepcopy(heads.task_rec).requires_grad_(False)
     learned = [*encoder.parameters(), *heads.parameters()]
@@ -989,7 +993,7 @@ def make_networks(args, envs):
 
 def main(args):
     """Algorithm 1."""
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     refuse((not alone, "laser.py runs in one process, not under torchrun: z is a code of all tasks of a batch"))
     with Run(args, "test" if args.oracle_context else "train", threads=cores()) as run:  # the transformers are large
         check_args(args)
@@ -1021,7 +1025,7 @@ def main(args):
         for iteration in run.iterations(phase_1, unit=" iterations", about="phase 1") if learners else ():
             data = explore(stores["many_envs"], encoder, explorer, args)
             run.global_step += int(data["alive"].sum())
-            check_finite(observation=data["obs"], token=data["tokens"], reward=data["rewards"])
+            check_steps(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
             run.lap("rollout")
             stores["buffer"].add(data)
             losses = train_encoder(encoder, learners, stores["buffer"], iteration, args)
@@ -1051,7 +1055,8 @@ def main(args):
             data = exploit(exploit_envs, agent, contexts)
             data["env_seconds"] += env_seconds
             run.global_step += int(steps + data["alive"].sum())
-            check_finite(observation=data["obs"], context=contexts, reward=data["rewards"])
+            check_finite(context=contexts)
+            check_steps(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
             run.lap("rollout")
             losses = train_task_policy(agent, optimizer, data, args)
             run.lap("ppo")
@@ -1081,7 +1086,8 @@ def draw_pictures(encoder, explorer, args, run, details):
     if not learns(args):
         return
     envs = run.eval_envs["test"]
-    names = [*{name.split("#")[0]: name for name in reversed(run.eval_names(envs))}.values()][::-1]  # a task once
+    names = reversed(first_tasks(envs, args.eval_tasks))
+    names = [*{name.split("#")[0]: name for name in names}.values()][::-1]  # a task once
     names = [names[i * len(names) // envs.num_envs] for i in range(envs.num_envs)]
     contexts, cosines = [], 0
     for _ in range(8):  # meta-episodes of each task

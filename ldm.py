@@ -36,6 +36,9 @@ Where this leaves the paper, and the authors' code
     --mix-dimensions: weights for each dimension of m, as in their code; the default is (1).
 """
 
+import common  # noqa: F401  # before PyTorch: a Ctrl-C during its import leaves no traceback
+
+# isort: split
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +53,7 @@ from torch.distributions import Normal
 from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experiment, Fraction, Layers, refuse
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_mixed_tasks, draw_returns
-from common.processes import all_sum, check_finite, descend, ranks, share
+from common.processes import all_sum, check_steps, descend, ranks, share
 from common.rollouts import obs_shift, outcomes, record_step, records
 from common.run import Run, start
 
@@ -252,7 +255,7 @@ class Agent(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and GRU: the history of (a, s', r) -> hidden (D); the posterior's heads stand in BeliefEncoder."""
+    """Embeddings and GRU: the history of (a, s', r) -> hidden (D), of which heads make the posterior."""
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
@@ -821,7 +824,7 @@ def main(args):
             mixture = draw_mixture(args, envs.num_envs, run.device) if learns_belief else None
             data = rollout(envs, agent, model, args, mixture=mixture)
             run.global_step += steps
-            check_finite(
+            check_steps(
                 observation=data["obs"],
                 next_observation=data["next_obs"],
                 reward=data["true_rewards"],

@@ -29,6 +29,9 @@ Where this leaves the paper, and the authors' code
     Ours, for small machines: --belief-warmup, --belief-anneal-lr, --obs-shift, and the sizes without --cuda.
 """
 
+import common  # noqa: F401  # before PyTorch: a Ctrl-C during its import leaves no traceback
+
+# isort: split
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +46,7 @@ from torch.distributions import Normal
 from common.arguments import Above0, AtLeast0, Count, Count0, Dropout, Experiment, Fraction, Layers, refuse
 from common.networks import GRU, BoundedStd, RunningNorm, mlp, normc_
 from common.plot import draw_grid_belief, draw_returns
-from common.processes import all_sum, check_finite, descend, ranks, share
+from common.processes import all_sum, check_steps, descend, ranks, share
 from common.rollouts import obs_shift, outcomes, record_step, records
 from common.run import Run, start
 
@@ -210,7 +213,7 @@ class Agent(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and GRU: the history of (a, s', r) -> hidden (D); the posterior's heads stand in BeliefModel."""
+    """Embeddings and GRU: the history of (a, s', r) -> hidden (D), of which heads make the posterior."""
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
@@ -613,7 +616,7 @@ def main(args):
             blind = is_blind(run.global_step, args)
             data = rollout(envs, agent, model, args, blind)
             run.global_step += steps
-            check_finite(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
+            check_steps(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
             run.lap("rollout")
 
             with torch.no_grad():  # log-probabilities and values of the policy that played

@@ -10,10 +10,12 @@ Each script has dataclasses of its own for what its paper has a symbol for, and 
 import argparse
 import inspect
 import math
+import sys
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import tyro
 
 from common.envs import BadInput
@@ -91,6 +93,9 @@ def parse_args(Args, presets, small, argv=None, inherited=None):
     path = known.resume or known.evaluate
     if path:
         defaults |= saved_args(path, Args) | dict(resume="", evaluate="", run_dir=str(Path(path).parent))
+        if defaults["cuda"] and known.cuda is None and not torch.cuda.is_available():
+            print(f"{path} was saved on a GPU; this machine has none: going on on the CPU", file=sys.stderr)
+            defaults["cuda"] = False
     else:
         name = known.env_id.removesuffix("-v2").removesuffix("-v3")
         family = name.split("-")[0]
@@ -112,10 +117,25 @@ def parse_args(Args, presets, small, argv=None, inherited=None):
 def saved_args(path, Args):
     """The arguments in a checkpoint, by name. Raises BadInput where they are not those of Args."""
     args = load_checkpoint(path, script_of(Args))["args"]
-    odd = args.keys() ^ {f.name for f in fields(Args)}
+    hints = get_type_hints(Args, include_extras=True)
+    odd = args.keys() ^ hints.keys()
     if odd:
         raise BadInput(f"{path} comes from another version of {script_of(Args)}: its arguments differ in {names(odd)}")
+    for name, hint in hints.items():
+        if not is_of(args[name], hint):
+            raise BadInput(f"{path} is not a checkpoint of {script_of(Args)}: its {flag(name)} is {args[name]!r:.60}")
     return args
+
+
+def is_of(value, hint):
+    """Whether an argument has its type."""
+    if get_origin(hint) is Annotated:
+        return is_of(value, get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(type(x) is int for x in value)
+    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def check_bounds(args):

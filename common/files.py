@@ -1,18 +1,138 @@
-"""What a run leaves behind: checkpoints that survive a kill and a full disk, and metrics."""
+"""What a run leaves behind: its folder, checkpoints that survive a kill and a full disk, metrics."""
 
 import contextlib
 import csv
+import fcntl
+import io
+import json
 import os
 import shutil
+import socket
+import stat
+import time
 from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import nn
 from tqdm import tqdm
 
 from common.envs import BadInput
 
-CHECKPOINT = {"script", "args", "iteration", "global_step", "metrics_bytes", "processes"}  # beside the parts
+CHECKPOINT = dict(  # what a checkpoint holds beside the parts that a script names
+    script=str, args=dict, iteration=int, global_step=int, metrics_bytes=int, processes=list, benchmark_seed=int,
+    wandb=(str, type(None)),
+)  # fmt: skip
+OURS = (
+    "config.json config.json.tmp metrics.csv eval.json eval.json.tmp checkpoint.pt checkpoint.pt.tmp "
+    "checkpoint.pt.previous events.out.tfevents.* *.png *.gif wandb"
+).split()
+
+
+# ---------- 1. The folder ----------
+
+
+def claim_folder(args, script):
+    """The folder of a run, made and locked: its path, and the lock, which lasts as long as the process keeps it open.
+
+    Without --run-dir, runs/<env>__<script>__<seed>__<time>, with a number behind it where that name is taken.
+    Raises BadInput where another run is at work in it (which --evaluate does not mind), or it holds what is no run's.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = Path(args.run_dir or f"runs/{args.env_id.replace(':', '.')}__{script}__{args.seed}__{stamp}")
+    name, number = path.name, 1
+    try:
+        while True:
+            try:
+                path.mkdir(parents=True, exist_ok=bool(args.run_dir))
+                break
+            except FileExistsError:
+                if args.run_dir:
+                    raise
+                path, number = path.with_name(f"{name}-{number + 1}"), number + 1
+        lock = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise BadInput(f"cannot write to the run's folder: {error}") from error
+    try:
+        if not args.evaluate and not take(lock):
+            raise BadInput(f"{path} is the folder of a run that is at work: choose another --run-dir, or wait")
+        check_folder(path, args.resume or args.evaluate)
+    except (BadInput, OSError):
+        os.close(lock)
+        raise
+    return path, lock
+
+
+def take(lock):
+    """Whether no other process has this lock; on a file system without locks none has."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def check_folder(path, resumed):
+    """BadInput where the folder holds files that are no run's, or a run's checkpoint. resumed: the checkpoint of
+    --resume, whose own folder may hold anything."""
+    if resumed and path.samefile(Path(resumed).parent):
+        return
+    strange = [file.name for file in path.iterdir() if not any(file.match(pattern) for pattern in OURS)]
+    if (path / "config.json").exists() and not is_config(path / "config.json"):
+        strange.append("config.json")
+    if strange:
+        raise BadInput(f"{path} holds what is not a run's ({', '.join(sorted(strange)[:3])}): choose another --run-dir")
+    if (path / "checkpoint.pt").exists():
+        raise BadInput(f"{path} holds a run already: --resume {path / 'checkpoint.pt'}, or choose another --run-dir")
+
+
+def is_config(path):
+    """Whether this is a run's config.json."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        config = json.loads(path.read_text())
+        return isinstance(config, dict) and {"script", "versions"} <= config.keys()
+    return False
+
+
+def write_config(folder, args, script):
+    """config.json: the arguments, and versions of what numbers depend on."""
+    versions = {package: version(package) for package in ("torch", "mujoco", "metaworld", "gymnasium", "numpy")}
+    write_whole(folder / "config.json", json.dumps(dict(script=script, **asdict(args), versions=versions), indent=2))
+
+
+def write_whole(path, text):
+    """The file has the old text or the new one. Raises OSError where the disk is full; then it is the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def missing_space(folder, size):
+    """Bytes that lack for three checkpoints of `size` bytes: the last, the one before, the next one. At least 0."""
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("checkpoint.pt*"))
+    return max(0, 3 * size - free)
+
+
+@contextlib.contextmanager
+def on_disk(what, step):
+    """A disk that is full or gone says so, and training goes on: what was saved before stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"{what} not saved at step {step}: {error}")
+
+
+# ---------- 2. Checkpoints ----------
 
 
 def save_checkpoint(path, state):
@@ -38,19 +158,28 @@ def save_checkpoint(path, state):
     os.replace(temporary, path)
 
 
-def load_checkpoint(path, script):
-    """The state saved at `path`, on the CPU. Raises BadInput where there is none, or not one of this script."""
+def load_checkpoint(path, *scripts):
+    """The state saved at `path`, on the CPU. Raises BadInput where there is none, or not one of these scripts."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO would wait for ever
+            raise BadInput(f"{path} is not a file")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise BadInput(f"no checkpoint at {path}") from None
-    except Exception as error:  # whatever a truncated or foreign file makes of the unpickler
-        raise BadInput(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or state.get("script") != script:
-        other = state.get("script") if isinstance(state, dict) else None
-        raise BadInput(f"{path} is a checkpoint of {other or 'another program'}, not of {script}")
-    if not CHECKPOINT <= state.keys():
-        raise BadInput(f"{path} is not a whole checkpoint: it lacks {names(CHECKPOINT - state.keys())}")
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror or error}") from error
+    except BadInput:
+        raise
+    except Exception as error:  # whatever an empty, truncated or foreign file makes of the unpickler
+        raise BadInput(f"{path} is not a readable checkpoint: empty, cut short, or no file of a script's") from error
+    script = state.get("script") if isinstance(state, dict) else None
+    if not isinstance(script, str) or script not in scripts:
+        other = script if isinstance(script, str) else "another program"
+        raise BadInput(f"{path} is a checkpoint of {other:.60}, not of {' or '.join(scripts)}")
+    odd = [name for name, kind in CHECKPOINT.items() if not isinstance(state.get(name), kind)]
+    odd += [name for name, kind in CHECKPOINT.items() if kind is int and not odd and state[name] < 0]
+    if odd or not all(isinstance(process, dict) for process in state["processes"]):
+        raise BadInput(f"{path} is not a whole checkpoint: see its {names(odd or ['processes'])}")
     return state
 
 
@@ -59,9 +188,18 @@ def load_modules(path, state, modules):
     for name, module in modules.items():
         try:
             module.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             detail = " ".join(str(error).split())[:200]
             raise BadInput(f"{path} does not fit these arguments: {name}: {detail}") from error
+        if isinstance(module, nn.Module) and not weights(module).isfinite().all():
+            raise BadInput(f"{path} is not a checkpoint of a run: weights of the {name} are not finite")
+
+
+class Generator:
+    """PyTorch's random numbers, for `load_modules`; put(state) sets them."""
+
+    def __init__(self, put):
+        self.load_state_dict = lambda saved: put(saved.cpu())
 
 
 def weights(module):
@@ -69,58 +207,103 @@ def weights(module):
     return torch.cat([torch.zeros(0)] + [x.flatten().float() for x in module.state_dict().values()])
 
 
-def missing_space(folder, size):
-    """Bytes that lack for three checkpoints of `size` bytes: the last, the one before, the next one. At least 0."""
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("checkpoint.pt*"))
-    return max(0, 3 * size - free)
+def names(words):
+    return ", ".join(sorted(map(str, words)))
 
 
-@contextlib.contextmanager
-def on_disk(what, step):
-    """A disk that is full or gone says so, and training goes on: what was saved before stays as it is."""
-    try:
-        yield
-    except OSError as error:
-        tqdm.write(f"{what} not saved at step {step}: {error}")
+# ---------- 3. Metrics ----------
+
+
+class Log:
+    """A file that grows. What the disk does not take waits in memory, and comes before what is written next."""
+
+    def __init__(self, path, size=0):
+        """size: bytes to keep of what is there."""
+        self.file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
+        self.size, self.waiting = min(size, os.fstat(self.file.fileno()).st_size), b""
+        self.file.truncate(self.size)
+
+    def write(self, data=b""):
+        """Raises OSError where the disk takes less than all; the file then ends where it did."""
+        self.waiting += data
+        self.file.seek(self.size)
+        done = 0
+        try:
+            while done < len(self.waiting):
+                done += self.file.write(self.waiting[done:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.file.truncate(self.size)
+            raise
+        self.size, self.waiting = self.size + done, b""
 
 
 class Metrics:
     """metrics.csv (step, key, value), TensorBoard and, with --track, Weights & Biases: the same keys."""
 
-    def __init__(self, folder, args, offset, step):
-        """offset: bytes of metrics.csv at the checkpoint. Rows after it come again: none is lost or doubled."""
-        if not (folder / "metrics.csv").exists():  # a run resumed in another folder
-            offset = 0
-        self.file = open(folder / "metrics.csv", "r+" if offset else "w", newline="")
-        offset = min(offset, os.fstat(self.file.fileno()).st_size)
-        self.file.truncate(offset)
-        self.file.seek(offset)
-        self.csv = csv.writer(self.file)
-        if not offset:
-            self.csv.writerow(("global_step", "key", "value"))
-        self.board = SummaryWriter(folder, purge_step=step + 1 if offset else None)
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            self.wandb = wandb.init(project="meta-rl", name=folder.name, config=asdict(args), dir=folder)
-            self.wandb.define_metric("*", step_metric="global_step")
+    def __init__(self, folder, args, size, step, wandb_id):
+        """size: bytes of metrics.csv at the checkpoint. Rows after it come again: none is lost or doubled."""
+        self.wandb = start_wandb(folder, args, wandb_id) if args.track else None
+        self.wandb_id = self.wandb.id if self.wandb else wandb_id  # kept without --track, too, for the next --resume
+        self.csv = Log(folder / "metrics.csv", size)
+        # SummaryWriter writes in a thread that a full disk ends for good; these are the same events.
+        self.events = Log(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.0")
+        with on_disk("metrics", step):
+            self.events.write(record(file_version="brain.Event:2"))
+            if self.csv.size:  # resumed: TensorBoard drops what it has of later steps
+                self.events.write(record(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+            else:
+                self.csv.write(rows([("global_step", "key", "value")]))
 
     def write(self, scalars, step):
+        """Raises OSError, once all have been tried."""
         if self.wandb:
-            self.wandb.log({**scalars, "global_step": step})
-        for key, value in scalars.items():
-            self.csv.writerow((step, key, repr(float(value))))
-            self.board.add_scalar(key, value, step)
-        self.file.flush()
+            try:
+                self.wandb.log({**scalars, "global_step": step})
+            except Exception as error:  # whatever its service or its process does: the other rows are written
+                tqdm.write(f"Weights & Biases did not take the row of step {step}: {error}")
+        try:
+            self.csv.write(rows((step, key, repr(float(value))) for key, value in scalars.items()))
+        finally:
+            values = [Summary.Value(tag=key, simple_value=float(value)) for key, value in scalars.items()]
+            self.events.write(record(step=step, summary=Summary(value=values)))
+
+    def position(self):
+        """What a checkpoint keeps of this."""
+        return dict(metrics_bytes=self.csv.size + len(self.csv.waiting), wandb=self.wandb_id)
 
     def close(self):
+        for log in (self.csv, self.events):
+            with contextlib.suppress(OSError):  # a full disk: said before
+                log.write()
+                log.file.close()
         if self.wandb:
-            self.wandb.finish()
-        with contextlib.suppress(OSError):  # a full disk: said before
-            self.board.close()
-            self.file.close()
+            with contextlib.suppress(Exception):
+                self.wandb.finish()
 
 
-def names(words):
-    return ", ".join(sorted(words))
+def rows(lines):
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    return text.getvalue().encode()
+
+
+def record(**fields):
+    """An event in TensorBoard's format."""
+    out = io.BytesIO()
+    RecordWriter(out).write(Event(wall_time=time.time(), **fields).SerializeToString())
+    return out.getvalue()
+
+
+def start_wandb(folder, args, run_id):
+    """A run of Weights & Biases: that of the checkpoint, where it has one. Raises BadInput where it cannot start."""
+    try:
+        import wandb
+
+        how = dict(id=run_id, resume="allow") if run_id else {}
+        run = wandb.init(project="meta-rl", name=folder.name, config=asdict(args), dir=folder, **how)
+    except (Exception, SystemExit) as error:  # no key, no network, a WANDB_MODE that there is not
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"--track: {reason} (log in with `wandb login`, or set WANDB_MODE=offline)") from error
+    run.define_metric("*", step_metric="global_step")
+    return run

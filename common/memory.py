@@ -19,10 +19,22 @@ def free_memory(device):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def steps_memory(args, envs, num_envs):
+    """Bytes, by name, of an iteration's steps, which updates copy twice, and of the buffer of meta-episodes.
+
+    laser.py plays --meta-episodes in each task of phase 1, and counts its buffer, in smaller types, itself.
+    """
+    S, space = envs.single_observation_space.shape[0], envs.single_action_space
+    step = 4 * (2 * S + (1 if hasattr(space, "n") else space.shape[0]) + 6)
+    per_task = getattr(args, "meta_episodes", 0)
+    rows = dict(steps=3 * num_envs * per_task) if per_task else dict(steps=3 * num_envs, buffer=args.buffer_size)
+    return {name: count * envs.meta_horizon * step for name, count in rows.items()}
+
+
 def check_memory(needed, device, what, advice):
-    """Prints the sizes. needed: bytes by name. BadInput, with advice, where they do not fit on the device together."""
+    """BadInput, with advice, where needed, bytes by name, does not fit on the device together. Returns a line on it."""
     free, total = free_memory(device), sum(needed.values())
     text = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needed.items())
     if total > free:
         raise BadInput(f"{what} needs some {total / 1e9:.1f} GB ({text}), and {free / 1e9:.1f} GB are free: {advice}")
-    print(f"memory of {what}: {text}; {free / 1e9:.1f} GB free")
+    return f"memory of {what}: {text}; {free / 1e9:.1f} GB free"

@@ -336,20 +336,43 @@ def read_run(folder):
             raise BadInput(f"{folder} holds no run: it has no {name}")
     try:
         config = json.loads(Path(folder, "config.json").read_text())
-        config["script"], config["env_id"], config["seed"]  # what every run has
-    except (ValueError, TypeError, KeyError):
-        raise BadInput(f"{folder}/config.json does not hold a run's arguments") from None
+        good = isinstance(config["seed"], int) and all(isinstance(config[x], str) for x in ("script", "env_id"))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        good = False
+    if not good:  # what every run has
+        raise BadInput(f"{folder}/config.json does not hold a run's arguments")
     lines = Path(folder, "metrics.csv").read_text(errors="replace").split("\n")[:-1]
     if lines[:1] != ["global_step,key,value"]:
         raise BadInput(f"{folder}/metrics.csv does not begin with the line global_step,key,value")
     metrics, rows = {}, csv.reader(lines[1:])
     try:
         for step, key, value in rows:
-            metrics.setdefault(key, {})[int(step)] = float(value)
-    except (ValueError, csv.Error):
+            metrics.setdefault(key, {})[float(int(step))] = float(value)
+    except (ValueError, OverflowError, csv.Error):
         raise BadInput(f"{folder}/metrics.csv: line {rows.line_num + 1} is not a step, a key and a value") from None
     metrics = {key: np.array(sorted(points.items())).T for key, points in metrics.items()}
     return SimpleNamespace(folder=folder, config=config, metrics=metrics)
+
+
+def read_runs(folders):
+    """Each run of the folders, of which there is one at least. Raises BadInput."""
+    if not folders:
+        raise BadInput("which runs? name at least one run's folder")
+    return [read_run(folder) for folder in folders]
+
+
+def last_returns(folder):
+    """A run's last evaluation: returns of the test tasks' last episodes. Raises BadInput."""
+    path = Path(folder, "eval.json")
+    if not path.is_file():
+        raise BadInput(f"{folder} has no eval.json")
+    try:
+        returns = [task["return"][-1] for task in json.loads(path.read_text())["tasks"]["test"].values()]
+        if not returns or not np.isfinite(returns).all():
+            raise ValueError
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise BadInput(f"{path} does not hold an evaluation's returns") from None
+    return returns
 
 
 def label_runs(runs, but=()):
@@ -469,9 +492,7 @@ def compare(folders, key, out, smooth=1):
     Its values, and the adaptation's, are those at the last step that all runs of a group have reached; each is the mean
     of a run's last `smooth` rows. Raises BadInput.
     """
-    if not folders:
-        raise BadInput("which runs? name at least one run's folder")
-    runs = [read_run(folder) for folder in folders]
+    runs = read_runs(folders)
     if smooth < 1:
         raise BadInput(f"--smooth must be at least 1, not {smooth}")
     for run in runs if smooth > 1 else ():
@@ -522,15 +543,15 @@ def draw_boxes(file, folders, name):
     Raises BadInput for a run without an evaluation, or without that argument.
     """
     boxes = {}
-    for label, runs in label_runs([*map(read_run, folders)], but=[name]).items():
+    for label, runs in label_runs(read_runs(folders), but=[name]).items():
         for run in runs:
-            if name not in run.config or not Path(run.folder, "eval.json").is_file():
-                lack = f"argument {name}" if name not in run.config else "eval.json"
-                raise BadInput(f"{run.folder} has no {lack}")
-            tasks = json.loads(Path(run.folder, "eval.json").read_text())["tasks"]["test"]
-            box = boxes.setdefault(label, {}).setdefault(run.config[name], [])
-            box.extend(task["return"][-1] for task in tasks.values())
-    values = sorted({value for box in boxes.values() for value in box})
+            if name not in run.config:
+                raise BadInput(f"{run.folder} has no argument {name}")
+            value = run.config[name]
+            value = value if isinstance(value, (int, float, str)) else str(value)  # of several numbers
+            boxes.setdefault(label, {}).setdefault(value, []).extend(last_returns(run.folder))
+    values = {value for box in boxes.values() for value in box}
+    values = sorted(values, key=lambda value: (isinstance(value, str), value))
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     width = 0.8 / len(boxes)
     for i, (label, box) in enumerate(boxes.items()):
@@ -540,7 +561,7 @@ def draw_boxes(file, folders, name):
         for patch in made["boxes"]:
             patch.set_facecolor(f"C{i}")
         axis.plot([], color=f"C{i}", lw=8, label=label)
-    axis.set_xticks(range(len(values)), values)
+    axis.set_xticks(range(len(values)), [f"{value}"[:30] for value in values])
     axis.set(xlabel=name.replace("_", " "), ylabel="return of each test task, last episode")
     axis.grid(alpha=0.3, axis="y"), axis.legend()
     figure.savefig(file, dpi=110)

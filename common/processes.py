@@ -5,10 +5,30 @@ steps of one with all the data.
 """
 
 import math
+import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from common.envs import BadInput
+
+
+def join_processes(cuda):
+    """Meets torchrun's other processes, where there are some. Raises BadInput for what is left of others."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return
+    lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if not size.isdigit() or size == "0" or lacking:
+        what = f"{', '.join(lacking)} are not" if lacking else "that is no number of processes"
+        raise BadInput(f"WORLD_SIZE is {size!r} in the environment, but {what}: start under torchrun, or unset it")
+    backend = "nccl" if cuda and torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first one evaluates
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"the {size} processes of torchrun do not meet: {str(error).splitlines()[0]}") from error
 
 
 def ranks():
@@ -44,6 +64,17 @@ def check_finite(**tensors):
     for name, count in zip(tensors, bad):
         if count:
             raise FloatingPointError(f"{name.replace('_', ' ')} is not finite")
+
+
+def check_steps(**tensors):
+    """FloatingPointError, in all processes, that names what first was a NaN or an infinity: tensors (T, N, ...), of one
+    step in the order given."""
+    bad = torch.stack([~torch.isfinite(tensor).flatten(1).all(1) for tensor in tensors.values()])  # (names, T)
+    bad = all_sum(bad.int()).cpu()
+    if bad.any():
+        step = int(bad.any(0).nonzero()[0])
+        name = next(name for name, row in zip(tensors, bad) if row[step])
+        raise FloatingPointError(f"{name.replace('_', ' ')} is not finite")
 
 
 def descend(optimizer, loss, parts, max_norm, name):

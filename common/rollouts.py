@@ -76,3 +76,31 @@ def by_episode(tasks):
             for family in dict.fromkeys(families):
                 scalars[f"{word}/{family}"] = float(rows[families == family, -1].mean())
     return scalars
+
+
+def first_tasks(envs, count):
+    """Evaluation tasks: the first `count` of each family, 0 = all."""
+    by_family = {}
+    for name in envs.tasks:
+        by_family.setdefault(name.split("/")[0], []).append(name)
+    return [name for named in by_family.values() for name in named[: count or None]]
+
+
+def film_tasks(envs, play, folder):
+    """Films the first task of each family, most likely actions, into folder: video_<family>.gif.
+
+    play: as for Run.evaluate; where its rollout has `envs` of its own, several a task, those are filmed (laser.py).
+    Raises BadInput on machines where nothing can draw.
+    """
+    first = {name.split("/")[0]: name for name in reversed(envs.tasks)}
+    chosen = [first[family] for family in dict.fromkeys(name.split("/")[0] for name in envs.tasks)]
+    for start in range(0, len(chosen), envs.num_envs):
+        chunk = chosen[start : start + envs.num_envs]
+        data = play(envs, chunk + [chunk[-1]] * (envs.num_envs - len(chunk)), True)
+        played = data.get("envs", envs)
+        for i, name in enumerate(chunk):
+            row = i * played.num_envs // envs.num_envs
+            file = folder / f"video_{name.split('/')[0]}.gif"
+            replayed = played.film(name, row, data["actions"][:, row].cpu().numpy(), file)
+            same = np.array_equal(replayed, data["rewards"][:, row].cpu().numpy())
+            print(file, "" if same else "(its rewards are not those of the evaluation)")

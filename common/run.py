@@ -21,15 +21,10 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
-from datetime import timedelta
-from importlib.metadata import version
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -39,7 +34,9 @@ from common.arguments import check_fit, flag, parse_args, refuse, script_of
 from common.envs import SPLITS, BadInput, WorkerError, make_envs
 from common.files import (
     CHECKPOINT,
+    Generator,
     Metrics,
+    claim_folder,
     load_checkpoint,
     load_modules,
     missing_space,
@@ -47,9 +44,13 @@ from common.files import (
     on_disk,
     save_checkpoint,
     weights,
+    write_config,
+    write_whole,
 )
-from common.processes import all_sum, check_finite, leads, rank, ranks
-from common.rollouts import by_episode
+from common.memory import check_memory, steps_memory
+from common.processes import all_sum, check_finite, join_processes, leads, rank, ranks
+from common.rollouts import by_episode, film_tasks, first_tasks
+from common.terminal import catch_signals, guard_terminal
 
 LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen
 # Arguments that a checkpoint's environments and buffers were made with: --resume cannot change them.
@@ -68,11 +69,9 @@ class Run:
         """threads: of the networks, which are small: more would wait for each other and take the workers' cores."""
         self.args, self.script, self.made = args, script_of(type(args)), []
         self.eval_envs, self.details, self.metrics, self.progress = {}, None, None, None
-        self.signals, self.stop, self.shown = [], False, {}
+        self.signals, self.stop, self.shown, self.saved_step, self.lock = [], False, {}, None, None
         torch.set_num_threads(threads)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun --nproc-per-node
-            backend = "nccl" if args.cuda and torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first evaluates
+        join_processes(args.cuda)
         with self.closed_on_error():
             self.check_args()
             local = int(os.environ.get("LOCAL_RANK", 0))
@@ -82,11 +81,9 @@ class Run:
             path = args.resume or args.evaluate
             self.state = load_checkpoint(path, self.script) if path else {}
             self.iteration, self.global_step = self.state.get("iteration", 0), self.state.get("global_step", 0)
-            self.metrics_bytes = self.state.get("metrics_bytes", 0)
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            name = f"{args.env_id.replace(':', '.')}__{self.script}__{args.seed}__{stamp}"
-            self.folder = Path(args.run_dir or f"runs/{name}")
-            self.envs = self.make_envs(split, args.num_envs // ranks())
+            self.metrics_bytes, self.wandb_id = self.state.get("metrics_bytes", 0), self.state.get("wandb")
+            self.benchmark_seed = self.state.get("benchmark_seed", args.seed)  # the run's own, whatever --seed says now
+            self.envs = self.make_train_envs(split, args.num_envs // ranks())
             for name in ("horizon", "episodes_per_task"):
                 own = getattr(self.envs, name)
                 if getattr(args, name) not in (0, own):
@@ -117,10 +114,20 @@ class Run:
         """Environments of this experiment, closed with the run."""
         a = self.args
         sizes = dict(horizon=a.horizon or None, episodes_per_task=a.episodes_per_task or None) | sizes
-        rules = dict(reward_version=a.reward_version, split_rule=a.split_rule)
+        rules = dict(reward_version=a.reward_version, split_rule=a.split_rule, benchmark_seed=self.benchmark_seed)
         sessions = dict(sessions=a.sessions, session_process=a.session_process)
         envs = make_envs(a.env_id, num_envs, split, a.seed, self.device, **rules, **sessions, **sizes)
         self.made.append(envs)
+        return envs
+
+    def make_train_envs(self, split, num_envs):
+        """BadInput where what they play does not fit in memory: of very many, a thousand are asked first."""
+        envs = self.make_envs(split, min(num_envs, 1000))
+        advice = "choose fewer --num-envs, a shorter --horizon or a smaller --buffer-size"
+        check_memory(steps_memory(self.args, envs, num_envs), self.device, "this run", advice)
+        if num_envs > envs.num_envs:
+            envs.close()
+            envs = self.make_envs(split, num_envs)
         return envs
 
     def make_eval_envs(self, most):
@@ -133,7 +140,7 @@ class Run:
             if split == "train" and (self.envs.split == "test" or getattr(test, "same_splits", False)):
                 break
             envs = self.make_envs(split, most)
-            count = len(self.eval_names(envs))
+            count = len(first_tasks(envs, self.args.eval_tasks))
             size = math.ceil(count / math.ceil(count / most))
             if size != most:
                 envs.close()
@@ -141,13 +148,6 @@ class Run:
             self.eval_envs[split] = envs
         if self.args.capture_video and not hasattr(self.eval_envs["test"], "film"):
             raise BadInput(f"--capture-video: {self.args.env_id} has no camera (Meta-World and ScratchItch have one)")
-
-    def eval_names(self, envs):
-        """The evaluation tasks of a split: the first --eval-tasks of each family, 0 = all."""
-        by_family = {}
-        for name in envs.tasks:
-            by_family.setdefault(name.split("/")[0], []).append(name)
-        return [name for named in by_family.values() for name in named[: self.args.eval_tasks or None]]
 
     def rows(self):
         """How many meta-episodes this run will put into its buffer, or the buffer holds."""
@@ -181,6 +181,8 @@ class Run:
         if self.state:
             self.restore(fixed)
         self.state = None
+        if leads():
+            self.folder, self.lock = claim_folder(args, self.script)
         if not args.evaluate:
             self.open(room)
 
@@ -200,51 +202,39 @@ class Run:
             raise BadInput(f"{path} was saved by {len(state['processes'])} processes, and here are {ranks()}")
         mine = state["processes"][rank()]
         if not {"rng", *self.own} <= mine.keys():
-            raise BadInput(
-                f"{path} is not a whole checkpoint: a process lacks {names({'rng', *self.own} - mine.keys())}"
-            )
-        load_modules(path, state | mine, self.parts | self.own)
-        torch.set_rng_state(mine["rng"].cpu())
+            lacking = names({"rng", *self.own} - mine.keys())
+            raise BadInput(f"{path} is not a whole checkpoint: a process lacks {lacking}")
+        load_modules(path, state | mine, self.parts | self.own | dict(rng=Generator(torch.set_rng_state)))
         if args.cuda and "cuda_rng" in mine:
-            torch.cuda.set_rng_state(mine["cuda_rng"].cpu())
+            load_modules(path, mine, dict(cuda_rng=Generator(torch.cuda.set_rng_state)))
 
     def open(self, room):
-        """The run's folder, with config.json and metrics. Raises BadInput where it holds another run, or lacks room."""
-        args, saved = self.args, self.folder / "checkpoint.pt"
-        if saved.exists() and not (args.resume and self.folder.samefile(Path(args.resume).parent)):
-            raise BadInput(f"{self.folder} holds a run already: --resume {saved}, or choose another --run-dir")
-        try:
-            if leads():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                versions = {
-                    package: version(package) for package in ("torch", "mujoco", "metaworld", "gymnasium", "numpy")
-                }
-                config = json.dumps(dict(script=self.script, **asdict(args), versions=versions), indent=2)
-                (self.folder / "config.json").write_text(config)
-        except OSError as error:
-            raise BadInput(f"cannot write to the run's folder: {error}") from error
-        missing = all_sum(torch.tensor(float(missing_space(self.folder, room) if leads() else 0), device=self.device))
+        """config.json and metrics, in the run's folder. Raises BadInput where it lacks room."""
+        args, missing = self.args, float(missing_space(self.folder, room)) if leads() else 0.0
+        missing = all_sum(torch.tensor(missing, device=self.device)).item() / 1e6
+        advice = "free some, choose another --run-dir or a smaller --buffer-size"
         if missing > 0:
-            raise BadInput(
-                f"{self.folder} lacks {missing.item() / 1e6:,.0f} MB for its checkpoints: free some, choose another "
-                "--run-dir or a smaller --buffer-size"
-            )
+            raise BadInput(f"the run's folder lacks {missing:,.0f} MB for its checkpoints: {advice}")
         if leads():
-            self.metrics = Metrics(self.folder, args, self.metrics_bytes, self.global_step)
+            try:
+                write_config(self.folder, args, self.script)
+                self.metrics = Metrics(self.folder, args, self.metrics_bytes, self.global_step, self.wandb_id)
+            except OSError as error:
+                raise BadInput(f"cannot write to the run's folder: {error}") from error
+            self.saved_step = self.global_step if args.resume else None
 
     # ----- the loop
 
     def iterations(self, last, steps=1, unit=" steps", about=None):
         """Numbers of the iterations to come, up to the `last` one (at least 1), of so many `steps` of the progress bar.
 
-        It may be lowered on the way: `run.last`. A first SIGINT or SIGTERM ends the loop after an iteration, saved, a
+        It may be lowered on the way: `run.last`. A first SIGINT, SIGTERM or SIGHUP ends the loop after an iteration, a
         second one the process. With --evaluate there is nothing to do.
         """
         self.last = max(1, last)
         if self.args.evaluate or self.stop:
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda n, _: os._exit(128 + n) if self.signals else self.signals.append(n))
+        catch_signals(self.signals)
         if self.progress:  # of a loop before this one
             self.progress.close()
         else:
@@ -333,22 +323,28 @@ class Run:
                     found |= envs.score({name: task["return"] for name, task in tasks.items()})
                 scalars |= {f"eval/{split}/{rename(key)}": value for key, value in found.items()}
         self.shown |= {"test return": scalars["eval/test/return"], "test success": scalars["eval/test/success_rate"]}
+        text = json.dumps(dict(global_step=self.global_step, **scalars, tasks=self.details), indent=1)
+        with contextlib.nullcontext() if self.args.evaluate else on_disk("evaluation", self.global_step):
+            write_whole(self.folder / "eval.json", text)
         if self.metrics:
             self.write(scalars, "evaluation")
-        with on_disk("evaluation", self.global_step):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(dict(global_step=self.global_step, **scalars, tasks=self.details), indent=1)
-            (self.folder / "eval.json").write_text(text)
         return scalars
 
     def play_all(self, play, envs):
         """The evaluation tasks of a split, round by round: {task: {"return", "success", and the details}}."""
-        tasks, todo = {}, self.eval_names(envs)
+        tasks, todo = {}, first_tasks(envs, self.args.eval_tasks)
         for first in range(0, len(todo), envs.num_envs):
             chunk = todo[first : first + envs.num_envs]
-            data = play(envs, chunk + [chunk[-1]] * (envs.num_envs - len(chunk)), not self.args.eval_sample)
+            padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
+            data = play(envs, padded, not self.args.eval_sample)
             rows = {"return": data["episode_return"].T, "success": data["episode_success"].float().T}
-            rows = {name: x.tolist() for name, x in (rows | data.get("details", {})).items()}
+            rows |= data.get("details", {})
+            for name, x in rows.items():
+                if not x.isfinite().all():
+                    task = padded[int((~x.flatten(1).isfinite()).any(1).nonzero()[0])]
+                    what = f"evaluation of task {task}, {envs.split} split: its {name.replace('_', ' ')}"
+                    raise FloatingPointError(f"{what} is not finite")
+            rows = {name: x.tolist() for name, x in rows.items()}
             tasks |= {name: {key: x[i] for key, x in rows.items()} for i, name in enumerate(chunk)}
         return tasks
 
@@ -361,26 +357,6 @@ class Run:
         yield
         for module in modules:
             module.train()
-
-    def film(self, play):
-        """Films the first test task of each family, most likely actions: video_<family>.gif.
-
-        Raises BadInput on machines where nothing can draw.
-        """
-        envs = self.eval_envs["test"]
-        first = {name.split("/")[0]: name for name in reversed(envs.tasks)}
-        chosen = [first[family] for family in dict.fromkeys(name.split("/")[0] for name in envs.tasks)]
-        for start in range(0, len(chosen), envs.num_envs):
-            chunk = chosen[start : start + envs.num_envs]
-            with self.evaluating():
-                data = play(envs, chunk + [chunk[-1]] * (envs.num_envs - len(chunk)), True)
-            played = data.get("envs", envs)  # laser.py's task policy has environments of its own, several a task
-            for i, name in enumerate(chunk):
-                row = i * played.num_envs // envs.num_envs
-                file = self.folder / f"video_{name.split('/')[0]}.gif"
-                replayed = played.film(name, row, data["actions"][:, row].cpu().numpy(), file)
-                same = np.array_equal(replayed, data["rewards"][:, row].cpu().numpy())
-                print(file, "" if same else "(its rewards are not those of the evaluation)")
 
     # ----- the end
 
@@ -396,12 +372,12 @@ class Run:
             processes = [None] * ranks()
             dist.gather_object(mine, processes if leads() else None)
         if leads():
-            state = {name: part.state_dict() for name, part in self.parts.items()} | dict(processes=processes)
-            state |= dict(script=self.script, args=asdict(self.args), iteration=self.iteration)
-            state |= dict(global_step=self.global_step)
+            state = {name: part.state_dict() for name, part in self.parts.items()} | self.metrics.position()
+            state |= dict(script=self.script, args=asdict(self.args), benchmark_seed=self.benchmark_seed)
+            state |= dict(iteration=self.iteration, global_step=self.global_step, processes=processes)
             with on_disk("checkpoint", self.global_step):
-                state |= dict(metrics_bytes=self.metrics.file.tell())
                 save_checkpoint(self.folder / "checkpoint.pt", state)
+                self.saved_step = self.global_step
 
     def finish(self, play, draw, *how):
         """With --evaluate, evaluates (how: see there) and films. Then, after the last iteration, draw(run, details)."""
@@ -414,9 +390,20 @@ class Run:
             with on_disk("pictures", self.global_step):
                 draw(self, self.details)
         if self.args.capture_video:
-            self.film(play)
+            with self.evaluating():
+                film_tasks(self.eval_envs["test"], play, self.folder)
         if leads() and not self.args.evaluate:
-            print(f"{self.global_step} steps in {time.time() - self.started:.0f} s: {self.folder}")
+            self.report()
+
+    def report(self):
+        """The last line. Raises OSError where the last checkpoint is not on the disk."""
+        checkpoint = self.folder / "checkpoint.pt"
+        if self.saved_step != self.global_step:
+            saved = "there is none" if self.saved_step is None else f"{checkpoint} is that of step {self.saved_step}"
+            raise OSError(f"the checkpoint of step {self.global_step} was not saved: {saved}")
+        print(f"{self.global_step} steps in {time.time() - self.started:.0f} s: {self.folder}")
+        if self.stop and self.iteration < self.last:
+            print(f"stopped by a signal at iteration {self.iteration} of {self.last}; --resume {checkpoint} goes on")
 
     def __enter__(self):
         return self
@@ -430,7 +417,9 @@ class Run:
             envs.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        if kind is FloatingPointError:
+        if self.lock is not None:
+            os.close(self.lock)
+        if kind is FloatingPointError and not self.args.evaluate:
             raise FloatingPointError(f"iteration {self.iteration}: {error}; the last checkpoint stands") from None
 
     @contextlib.contextmanager
@@ -444,12 +433,16 @@ class Run:
 
 def start(main, Args, presets, small=None, inherited=None):
     """`python script.py`: exit status 2 after a user's mistake, 1 after a failure; the last checkpoint stands."""
+    guard_terminal()
     script = script_of(Args)
     try:
         main(parse_args(Args, presets, small or {}, inherited=inherited))
     except BadInput as error:
         print(f"{script}.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before or after training, which ends with its iteration
+        print(f"{script}.py: interrupted", file=sys.stderr)
+        sys.exit(130)
     except (WorkerError, FloatingPointError, OSError) as error:
         print(*getattr(error, "__notes__", ()), f"{script}.py: {error}", sep="\n", file=sys.stderr)
         sys.exit(1)

@@ -5,6 +5,7 @@ of the task's variance a linear probe reads from the belief (R^2 on held-out tas
 0 none), and the decoder's squared error on all rewards still to come, beside their variance.
 """
 
+import argparse
 import dataclasses
 import importlib
 import sys
@@ -12,8 +13,9 @@ import sys
 import torch
 
 from common.arguments import parse_args, refuse
-from common.envs import BadInput
-from common.files import load_modules
+from common.envs import BadInput, WorkerError
+from common.files import load_checkpoint, load_modules
+from common.rollouts import first_tasks
 from common.run import Run
 
 
@@ -29,7 +31,7 @@ def collect(script, path):
         agent.eval(), model.eval()
         run.make_eval_envs(args.num_envs)
         for split, envs in run.eval_envs.items():
-            names, rounds = run.eval_names(envs), []
+            names, rounds = first_tasks(envs, args.eval_tasks), []
             for first in range(0, len(names), envs.num_envs):
                 chunk = names[first : first + envs.num_envs]
                 chunk += [chunk[-1]] * (envs.num_envs - len(chunk))
@@ -43,8 +45,7 @@ def collect(script, path):
 
 def main(path):
     torch.manual_seed(0)
-    name = torch.load(path, weights_only=True, mmap=True)["script"]
-    refuse((name not in ("varibad", "dme"), f"{path} is of {name}.py"))
+    name = load_checkpoint(path, "varibad", "dme")["script"]
     script = importlib.import_module(name)
     data, model, args = collect(script, path)
     train, test = data.get("train", data["test"]), data["test"]
@@ -66,7 +67,13 @@ def main(path):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.probe", description=__doc__)
+    parser.add_argument("checkpoint")
+    checkpoint = parser.parse_args().checkpoint
     try:
-        main(sys.argv[1])
-    except (BadInput, IndexError, OSError) as error:
+        main(checkpoint)
+    except BadInput as error:
+        print(f"probe: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (WorkerError, FloatingPointError, OSError) as error:
         sys.exit(f"probe: {error}")

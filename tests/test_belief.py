@@ -25,7 +25,7 @@ TINY = dict(
 @pytest.fixture(autouse=True, scope="module")
 def signals():
     """A run takes over the signals: hand them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

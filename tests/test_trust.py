@@ -168,7 +168,8 @@ def test_too_little_disk(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk(tmp_path):
-    """No file may grow beyond 9 kB: metrics, checkpoints and pictures say so, and the run reaches its end."""
+    """No file may grow beyond 9 kB: metrics, checkpoints and pictures say so, and the run reaches its end: which is not
+    that of a good one, as there is no checkpoint."""
     words = [*TINY, "--total-timesteps", "400", "--eval-interval", "5", "--checkpoint-interval", "5"]
     code = f"""
 import resource, sys
@@ -181,7 +182,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
 varibad.main(args)
 """
     done = python("-c", code, cwd=tmp_path)
-    assert done.returncode == 0 and "400 steps in" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "the checkpoint of step 400 was not saved: there is none" in done.stderr.splitlines()[-1]
     for what in ("checkpoint", "metrics", "evaluation", "pictures"):
         assert f"{what} not saved at step 400: " in done.stdout + done.stderr, what
 
@@ -189,7 +191,7 @@ varibad.main(args)
 def test_metrics_that_were_lost(tmp_path):
     """A file that is shorter than it was at the checkpoint is gone on with where it ends, without a gap."""
     (tmp_path / "metrics.csv").write_bytes(b"global_step,key,value\r\n40,a,1.0\r\n")
-    written = files.Metrics(tmp_path, varibad.Args(), offset=1000, step=80)
+    written = files.Metrics(tmp_path, varibad.Args(), size=1000, step=80, wandb_id=None)
     written.write({"a": 2.0}, 120)
     written.close()
     assert (tmp_path / "metrics.csv").read_bytes() == b"global_step,key,value\r\n40,a,1.0\r\n120,a,2.0\r\n"
@@ -446,7 +448,7 @@ def test_arguments_at_random(script, data, tmp_path_factory):
 def test_track(tmp_path, monkeypatch):
     """--track: Weights & Biases gets the rows of metrics.csv, with global_step as the axis."""
     rows, said = [], []
-    fake = types.SimpleNamespace(log=rows.append, finish=lambda: said.append("finish"))
+    fake = types.SimpleNamespace(id="a1", log=rows.append, finish=lambda: said.append("finish"))
     fake.define_metric = lambda *a, **b: said.append((a, b))
     module = types.SimpleNamespace(init=lambda **kwargs: said.append(kwargs) or fake)
     monkeypatch.setitem(sys.modules, "wandb", module)
