@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -28,8 +29,8 @@ CHECKPOINT = dict(  # what a checkpoint holds beside the parts that a script nam
     wandb=(str, type(None)),
 )  # fmt: skip
 OURS = (
-    "config.json config.json.tmp metrics.csv eval.json eval.json.tmp checkpoint.pt checkpoint.pt.tmp "
-    "checkpoint.pt.previous events.out.tfevents.* *.png *.gif wandb"
+    "config.json config.json.tmp metrics.csv eval.json eval.json.tmp events.out.tfevents.* *.png *.gif wandb "
+    "checkpoint.pt checkpoint.pt.tmp checkpoint.pt.link checkpoint.pt.previous"
 ).split()
 
 
@@ -54,6 +55,8 @@ def claim_folder(args, script):
                 if args.run_dir:
                     raise
                 path, number = path.with_name(f"{name}-{number + 1}"), number + 1
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         lock = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise BadInput(f"cannot write to the run's folder: {error}") from error
@@ -163,13 +166,13 @@ def load_checkpoint(path, *scripts):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO would wait for ever
             raise BadInput(f"{path} is not a file")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        open(path, "rb").close()
     except FileNotFoundError:
         raise BadInput(f"no checkpoint at {path}") from None
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or error}") from error
-    except BadInput:
-        raise
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever an empty, truncated or foreign file makes of the unpickler
         raise BadInput(f"{path} is not a readable checkpoint: empty, cut short, or no file of a script's") from error
     script = state.get("script") if isinstance(state, dict) else None
@@ -199,7 +202,10 @@ class Generator:
     """PyTorch's random numbers, for `load_modules`; put(state) sets them."""
 
     def __init__(self, put):
-        self.load_state_dict = lambda saved: put(saved.cpu())
+        self.put = put
+
+    def load_state_dict(self, saved):
+        self.put(saved.cpu())
 
 
 def weights(module):

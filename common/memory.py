@@ -20,15 +20,28 @@ def free_memory(device):
 
 
 def steps_memory(args, envs, num_envs):
-    """Bytes, by name, of an iteration's steps, which updates copy twice, and of the buffer of meta-episodes.
+    """Bytes, by name, at least: of an iteration's steps, which updates copy twice, of the buffer of meta-episodes, of a
+    batch of these, and of the networks, with gradients and Adam's moments.
 
     laser.py plays --meta-episodes in each task of phase 1, and counts its buffer, in smaller types, itself.
     """
     S, space = envs.single_observation_space.shape[0], envs.single_action_space
     step = 4 * (2 * S + (1 if hasattr(space, "n") else space.shape[0]) + 6)
     per_task = getattr(args, "meta_episodes", 0)
-    rows = dict(steps=3 * num_envs * per_task) if per_task else dict(steps=3 * num_envs, buffer=args.buffer_size)
-    return {name: count * envs.meta_horizon * step for name, count in rows.items()}
+    rows = dict(steps=3 * num_envs * (per_task or 1))
+    if not per_task:
+        rows |= dict(buffer=args.buffer_size, batch=args.belief_batch)
+    return {name: count * envs.meta_horizon * step for name, count in rows.items()} | dict(
+        networks=16 * count_weights(args)
+    )
+
+
+def count_weights(args):
+    """How many the networks have, at least: between two hidden layers, in the recurrent one, and one for each unit."""
+    hidden = [value for name, value in vars(args).items() if name.endswith("_layers") and isinstance(value, tuple)]
+    units = [value for name, value in vars(args).items() if name.endswith(("_dim", "_embed"))]
+    between = sum(a * b for layers in hidden for a, b in zip(layers, layers[1:]))
+    return between + 3 * getattr(args, "hidden_dim", 0) ** 2 + sum(map(sum, hidden)) + sum(units)
 
 
 def check_memory(needed, device, what, advice):

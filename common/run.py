@@ -123,7 +123,7 @@ class Run:
     def make_train_envs(self, split, num_envs):
         """BadInput where what they play does not fit in memory: of very many, a thousand are asked first."""
         envs = self.make_envs(split, min(num_envs, 1000))
-        advice = "choose fewer --num-envs, a shorter --horizon or a smaller --buffer-size"
+        advice = "choose fewer --num-envs, a shorter --horizon, or smaller buffers, batches or networks"
         check_memory(steps_memory(self.args, envs, num_envs), self.device, "this run", advice)
         if num_envs > envs.num_envs:
             envs.close()
@@ -156,7 +156,9 @@ class Run:
 
     def truth(self):
         """info of a reset to named tasks, which draws none: the sizes of what an oracle is told."""
-        return self.envs.reset(tasks=[self.envs.tasks[0]] * self.envs.num_envs)[1]
+        info = self.envs.reset(tasks=[self.envs.tasks[0]] * self.envs.num_envs)[1]
+        refuse((not info["task"].shape[1], f"--oracle-context: {self.args.env_id} tells no info['task'] at reset"))
+        return info
 
     def compile(self, module, *methods):
         """With --compile."""
@@ -440,7 +442,7 @@ def start(main, Args, presets, small=None, inherited=None):
     except BadInput as error:
         print(f"{script}.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before or after training, which ends with its iteration
+    except KeyboardInterrupt:  # before training, or with --evaluate
         print(f"{script}.py: interrupted", file=sys.stderr)
         sys.exit(130)
     except (WorkerError, FloatingPointError, OSError) as error:

@@ -194,7 +194,8 @@ LEFT_OUT = {  # what of varibad.py's a script does without
 def definitions(path):
     found = {}
     for node in tree(path).body:
-        for name in [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", [])]:
+        targets = [target for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        for name in [node.name] if hasattr(node, "name") else [target.id for target in targets]:
             found[name] = ast.unparse(node)
     return found
 

@@ -168,7 +168,7 @@ def test_too_little_disk(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk(tmp_path):
-    """No file may grow beyond 9 kB: metrics, checkpoints and pictures say so, and the run reaches its end: which is not
+    """No file may grow beyond 5 kB: metrics, checkpoints and pictures say so, and the run reaches its end: which is not
     that of a good one, as there is no checkpoint."""
     words = [*TINY, "--total-timesteps", "400", "--eval-interval", "5", "--checkpoint-interval", "5"]
     code = f"""
@@ -178,7 +178,7 @@ import common.run, varibad
 from common.arguments import parse_args
 common.run.LOG_EVERY = 1
 args = parse_args(varibad.Args, varibad.PRESETS, varibad.SMALL, {words})
-resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
 varibad.main(args)
 """
     done = python("-c", code, cwd=tmp_path)
@@ -540,6 +540,7 @@ def main_of_rank(rank, path, name, words, signalled):
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # this process is a fork, and the old lock may have been held
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # not where they meet
     meet = dict(init_method=f"file://{path}/meet", rank=rank, world_size=2)
     dist.init_process_group = functools.partial(dist.init_process_group, **meet)
     seen, rollout = [], script.rollout
