@@ -27,6 +27,7 @@ from PIL import Image
 from common.envs import BadInput
 
 # arguments that change nothing of what a run learns
+USUAL = {"belief", "conditioning", "consistency", "session_reconstruction"}  # switches that are on unless one says so
 NO_SETTING = set(
     "seed run_dir resume evaluate explored cuda compile track capture_video eval_interval checkpoint_interval "
     "versions".split()
@@ -341,6 +342,8 @@ def read_run(folder):
         good = False
     if not good:  # what every run has
         raise BadInput(f"{folder}/config.json does not hold a run's arguments")
+    for name in USUAL & config.keys():  # what a run does without tells it from others; older ones say it so
+        config[f"no_{name}"] = not config.pop(name)
     lines = Path(folder, "metrics.csv").read_text(errors="replace").split("\n")[:-1]
     if lines[:1] != ["global_step,key,value"]:
         raise BadInput(f"{folder}/metrics.csv does not begin with the line global_step,key,value")

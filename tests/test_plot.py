@@ -190,10 +190,12 @@ def test_names_are_words(tmp_path):
         dict(script="ldm", num_mixture_workers=2, total_timesteps=30_000_000),
         dict(script="ldm", num_mixture_workers=0, total_timesteps=30_000_000, elbo_terms=0),
         dict(script="dynamite_rl", no_session_reconstruction=False),
-        dict(script="dynamite_rl", no_session_reconstruction=True),
+        dict(script="dynamite_rl", session_reconstruction=False),
+        dict(script="dynamite_rl", session_reconstruction=True),
         dict(script="laser"),
     ]
     runs = [plot.read_run(write_run(tmp_path / str(i), [], **s)) for i, s in enumerate(settings)]
+    runs[4].config["seed"], runs[5].config["seed"] = 2, 3  # the plain run of an older version, and of this one
     assert list(plot.group_runs(runs)) == [
         "LDM, 100M steps", "LDM, 30M steps", "RL2", "DynaMITE-RL", "DynaMITE-RL, without session reconstruction",
         "LaSER",
