@@ -143,6 +143,8 @@ def check_bounds(args):
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
         numbers = value if isinstance(value, tuple) else [value]
+        if any(isinstance(x, int) and abs(x) >= 2**63 for x in numbers):
+            raise BadInput(f"{flag(name)} is too large a number")
         bounds = next((x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Bounds)), None)
         if bounds is None and not isinstance(value, float):
             continue

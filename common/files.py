@@ -180,7 +180,7 @@ def load_checkpoint(path, *scripts):
         other = script if isinstance(script, str) else "another program"
         raise BadInput(f"{path} is a checkpoint of {other:.60}, not of {' or '.join(scripts)}")
     odd = [name for name, kind in CHECKPOINT.items() if not isinstance(state.get(name), kind)]
-    odd += [name for name, kind in CHECKPOINT.items() if kind is int and not odd and state[name] < 0]
+    odd += [name for name, kind in CHECKPOINT.items() if kind is int and not odd and not 0 <= state[name] < 2**63]
     if odd or not all(isinstance(process, dict) for process in state["processes"]):
         raise BadInput(f"{path} is not a whole checkpoint: see its {names(odd or ['processes'])}")
     return state

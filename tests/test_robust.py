@@ -487,6 +487,13 @@ def test_a_checkpoint_of_a_gpu(finished, tmp_path, monkeypatch, capsys):  # noqa
     assert capsys.readouterr().err == ""
 
 
+def test_numbers_without_an_end():
+    """On the command line: BadInput, whatever sums they go into."""
+    for name in ("--num-envs", "--total-timesteps", "--eval-interval", "--eval-tasks", "--hidden-dim"):
+        with pytest.raises(BadInput, match=f"{name} is too large"):
+            parse(varibad, name, 10**400)
+
+
 def test_the_last_of_two_flags():
     """--cuda --no-cuda is --no-cuda, sizes included, and the other way round."""
     for script, env_id in ((laser, "MEWA"), (varibad, "ML1-reach")):
@@ -515,7 +522,7 @@ def test_world_size_that_was_left(monkeypatch):
 
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2),
-    st.tuples(st.integers(), st.floats()), st.just({}), st.just(10**30), st.just(torch.ones(2)), st.binary(max_size=2),
+    st.tuples(st.integers(), st.floats()), st.just({}), st.just(10**400), st.just(torch.ones(2)), st.binary(max_size=2),
 )  # fmt: skip
 
 
@@ -576,6 +583,7 @@ def test_damaged_checkpoints(finished, tmp_path, data):  # noqa: F811
 
 CHANGES = {
     "a negative number": lambda s: s.update(iteration=-1),
+    "a number that is too large": lambda s: s.update(global_step=2**63),
     "no number": lambda s: s.update(global_step="9"),
     "no processes": lambda s: s.update(processes=[]),
     "a process that is none": lambda s: s.update(processes=[7]),
