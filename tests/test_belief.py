@@ -149,6 +149,27 @@ def test_shifted_states(script):
 
 
 @SCRIPTS
+@pytest.mark.parametrize("env_id, size", [("HopperMass", 12), ("MEWA", 20)])
+def test_what_a_rollout_records(script, env_id, size):
+    """Step by step what the environments gave, of Hoppers that fall and castles that are finished, idle steps too."""
+    s = setup(script, env_id, num_envs=8, horizon=size, action_embed=3, reward_decoder="mlp", tbptt=0)
+    given, step = [], s.envs.step
+    s.envs.step = lambda action: given.append(step(action)) or given[-1]
+    data = script.rollout(s.envs, s.agent, s.model, s.args)
+    obs, rewards, terminated, _, infos = zip(*given)
+    expected = dict(next_obs="final_obs", alive="alive") | (dict(raw_rewards="raw_reward") if env_id == "MEWA" else {})
+    for name, key in expected.items():
+        assert torch.equal(data[name], torch.stack([info[key] for info in infos])), name
+    assert torch.equal(data["rewards"], torch.stack(rewards))
+    assert torch.equal(data["terminated"], torch.stack(terminated))
+    assert torch.equal(data["obs"], torch.stack([data["first_obs"], *obs[:-1]]))
+    if env_id == "HopperMass":
+        assert 0 < (~data["alive"]).sum() and torch.equal(data["raw_rewards"], data["rewards"])
+        assert 0 < data["terminated"].sum() <= 8 * 2
+    torch.testing.assert_close(data["episode_return"], data["raw_rewards"].view(2, size, 8).sum(1))
+
+
+@SCRIPTS
 @pytest.mark.parametrize("tbptt", [1, 2, 3, 6])
 def test_truncated_windows(script, tbptt):
     """Side-by-side windows: the plain pass's outputs, and the gradients of a loop that detaches every `tbptt` steps."""
