@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, Categorical, MultivariateNormal, Norm
 import dme
 import varibad
 from common.arguments import check_bounds, check_fit
-from common.envs import make_envs
+from common.envs import BadInput, make_envs
 from common.networks import GRU
 
 torch.set_num_threads(1)
@@ -495,6 +495,12 @@ def test_decoded_reward():
             likely = s.model.reward_decoder(z[b])[5 * column + row].sigmoid() > 0.5
             assert got[i, b].item() == pytest.approx(1.0 if likely else -0.1)
     assert len(got.unique()) == 2
+
+
+def test_virtual_rewards_need_an_interval():
+    """A lower bound above the upper one would make every virtual reward the same."""
+    with pytest.raises(BadInput, match="--virtual-low"):
+        setup(dme, virtual_low=2.0, virtual_high=1.0)
 
 
 @pytest.mark.parametrize("virtual, rate", [("elbo", 1.0), ("both", 1.0), ("elbo", 0.0), ("policy", 1.0)])
