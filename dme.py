@@ -86,6 +86,7 @@ class PPO:
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
     # that the policy cannot tell the few training tasks apart by where things happen to stand (ours).
     obs_shift: AtLeast0 = 0.0
+    actor_gain: Above0 = 1.0  # norm of the rows of a continuous policy's last layer at the start; small: small actions
     std_init: Above0 = 1.0  # deviation of a continuous action at the start
     std_min: Above0 = 0.01  # its lower bound, reached softly
     std_max: Above0 = 2.0  # its upper bound
@@ -119,7 +120,7 @@ class Belief:
     decoder_dropout: Dropout = 0.0  # dropout on the decoders' embeddings of s, a, s'
     reward_coef: AtLeast0 = 1.0  # weight of the reward's reconstruction
     state_coef: AtLeast0 = 0.0  # weight of the state's reconstruction; 0 = no state decoder
-    standardise_inputs: bool = True  # standardise the inputs of encoder and decoders (ours); the grid's default is raw
+    standardise_inputs: bool = True  # standardise what encoder and decoders read and, of states, predict (ours)
 
 
 @dataclass
@@ -209,7 +210,7 @@ class Agent(nn.Module):
             nn.init.orthogonal_(self.actor[-1].weight, 0.01)
             nn.init.zeros_(self.actor[-1].bias)
         else:
-            normc_(self.actor[-1], 1.0)
+            normc_(self.actor[-1], args.actor_gain)
 
     def named(self, belief):
         """A belief (..., sum of the sizes) -> its parts by name."""
@@ -341,6 +342,7 @@ class BeliefModel(nn.Module):
         self.state_decoder = Decoder(args, S, A, S, ("obs", "action")) if args.state_coef else None
         norm = RunningNorm if args.standardise_inputs else nn.Identity
         self.obs_norm, self.reward_norm = norm(S, min_std=0.02), norm(1, min_std=0.02)
+        self.change_norm = norm(S, min_std=0.001)
         if self.discrete:
             self.register_buffer("one_hot", torch.eye(A), persistent=False)
         elif np.isfinite(space.low).all() and np.isfinite(space.high).all():
@@ -462,8 +464,8 @@ def reconstruction(model, z, t, real, batch, args):
     else:
         error = (model.reward_decoder(z, *x).squeeze(-1) - reward).square()
         reward_loss = (error * weight).sum()
-    if model.state_decoder:  # predicts the change of state: ahead of s' itself from the first step
-        error = (model.state_decoder(z, *x) - (next_obs - obs)).square().mean(-1)
+    if model.state_decoder:  # predicts the change of state, standardised, so that its weight means the same everywhere
+        error = (model.state_decoder(z, *x) - model.change_norm(next_obs - obs)).square().mean(-1)
         state_loss = (error * weight).sum()
     return reward_loss, state_loss
 
@@ -777,6 +779,7 @@ def main(args):
             if learns_belief:
                 if args.standardise_inputs and not virtual:  # each update moves them less
                     model.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
+                    model.change_norm.update((data["next_obs"] - data["obs"]).flatten(0, 1), alive.flatten())
                     model.reward_norm.update(data["rewards"].view(-1, 1), alive.flatten())
                 if not virtual:  # the belief model learns from what the environments gave alone
                     buffer.add(data)
@@ -840,12 +843,12 @@ def draw_pictures(agent, model, args, run, details):
 # Meta-World: the hyper-parameters of SDVT (Lee et al., 2023), the paper's peer, with the paper's three episodes per
 # task and one meta-episode per iteration. What DME did not run has variBAD's, and a weight of the reward of ours.
 META_WORLD = dict(
-    num_envs=10, total_timesteps=250_000_000, eval_interval=650, checkpoint_interval=10, gamma=0.99, gae_lambda=0.9,
-    update_epochs=5, num_minibatches=3, clip_coef=0.1, ent_coef=0.001, ent_coef_end=0.001, policy_layers=(256, 256),
-    obs_embed=64, belief_embed=64, std_min=0.5, std_max=1.5, belief_batch=10, belief_max_grad_norm=1.0,
-    buffer_size=1000, action_embed=16, state_embed=32, reward_embed=16, hidden_dim=256, tbptt=50, elbo_terms=100,
-    decode_terms=100, reward_decoder="mlp", decoder_layers=(64, 64, 32), reward_coef=10.0, state_coef=1000.0,
-    decoder_dropout=0.7,
+    extra_obs="done", num_envs=10, total_timesteps=250_000_000, eval_interval=650, checkpoint_interval=10, gamma=0.99,
+    gae_lambda=0.9, update_epochs=5, num_minibatches=3, clip_coef=0.1, ent_coef=0.001, ent_coef_end=0.001,
+    policy_layers=(256, 256), obs_embed=64, belief_embed=64, std_min=0.5, std_max=1.5, belief_batch=10,
+    belief_max_grad_norm=1.0, buffer_size=1000, action_embed=16, state_embed=32, reward_embed=16, hidden_dim=256,
+    tbptt=50, elbo_terms=100, decode_terms=100, reward_decoder="mlp", decoder_layers=(64, 64, 32), reward_coef=10.0,
+    state_coef=10.0, decoder_dropout=0.7,
 )  # fmt: skip
 LOCOMOTION = dict(  # per meta-episode of 400 steps, where variBAD's authors count by 200, 400 or 800
     total_timesteps=100_000_000, eval_interval=25, checkpoint_interval=25, gamma=0.97, gae_lambda=0.9,

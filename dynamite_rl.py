@@ -111,6 +111,7 @@ class PPO:
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
     # that the policy cannot tell the few training tasks apart by where things happen to stand (ours).
     obs_shift: AtLeast0 = 0.0
+    actor_gain: Above0 = 1.0  # norm of the rows of a continuous policy's last layer at the start; small: small actions
     std_init: Above0 = 1.0  # deviation of a continuous action at the start (ours, as its bounds)
     std_min: Above0 = 0.01  # its lower bound, reached softly
     std_max: Above0 = 2.0  # its upper bound
@@ -152,7 +153,7 @@ class Belief:
     # Weight of the KL, the paper's lambda (ours: its (7) has lambda before the whole ELBO, where Adam would ignore it).
     # The ELBO's terms are sums, as the paper's, over the number of pairs of a belief and a transition that it decodes.
     kl_coef: AtLeast0 = 0.01
-    standardise_inputs: bool = True  # standardise the inputs of encoder and decoders (ours); the grid's default is raw
+    standardise_inputs: bool = True  # standardise what encoder and decoders read and, of states, predict (ours)
 
 
 @dataclass
@@ -241,7 +242,7 @@ class Agent(nn.Module):
             nn.init.orthogonal_(self.actor[-1].weight, 0.01)
             nn.init.zeros_(self.actor[-1].bias)
         else:
-            normc_(self.actor[-1], 1.0)
+            normc_(self.actor[-1], args.actor_gain)
 
     def parts(self, joint):
         """The modules whose gradients are clipped one by one: all in one, or actor and critic."""
@@ -388,6 +389,7 @@ class BeliefModel(nn.Module):
         self.state_decoder = Decoder(args, S, A, S, ("obs", "action")) if args.state_coef else None
         norm = RunningNorm if args.standardise_inputs else nn.Identity
         self.obs_norm, self.reward_norm = norm(S, min_std=0.02), norm(1, min_std=0.02)
+        self.change_norm = norm(S, min_std=0.001)
         if self.discrete:
             self.register_buffer("one_hot", torch.eye(A), persistent=False)
         elif np.isfinite(space.low).all() and np.isfinite(space.high).all():
@@ -612,8 +614,8 @@ def reconstruction(model, m, ahead, real, batch, args):
     else:
         error = (model.reward_decoder(m, *x).squeeze(-1) - reward).square()
         reward_loss = (error * weight).sum()
-    if model.state_decoder:  # predicts the change of state: ahead of s' itself from the first step
-        error = (model.state_decoder(m, *x) - (next_obs - obs)).square().mean(-1)
+    if model.state_decoder:  # predicts the change of state, standardised, so that its weight means the same everywhere
+        error = (model.state_decoder(m, *x) - model.change_norm(next_obs - obs)).square().mean(-1)
         state_loss = (error * weight).sum()
     return reward_loss, state_loss
 
@@ -938,6 +940,7 @@ def main(args):
             if learns_belief:
                 if args.standardise_inputs:  # each update moves them less
                     model.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
+                    model.change_norm.update((data["next_obs"] - data["obs"]).flatten(0, 1), alive.flatten())
                     model.reward_norm.update(data["rewards"].view(-1, 1), alive.flatten())
                 buffer.add(data)
                 for _ in range(args.belief_updates if run.global_step >= args.precollect else 0):
@@ -1038,7 +1041,7 @@ PRESETS = {
     "Reacher": SESSIONS,
     "HalfCheetahDirSessions": SESSIONS,
     "HalfCheetahVelSessions": SESSIONS,
-    "HalfCheetahWindVelSessions": SESSIONS | dict(state_coef=17.0),  # theirs is the sum over 17 numbers, ours the mean
+    "HalfCheetahWindVelSessions": SESSIONS | dict(state_coef=1.0),
     "ScratchItch": SESSIONS | dict(
         num_envs=32, ent_coef=0.1, ent_coef_end=0.1, eval_interval=100, checkpoint_interval=100,
     ),

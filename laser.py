@@ -99,6 +99,7 @@ class PPO:
     policy_layers: Layers = (128, 128, 128)  # hidden layers (tanh) of actor and critic
     obs_embed: Count = 64  # policies' embedding of the observation; of Gamma_t, too
     context_layers: Layers = (128, 128, 128)  # context extractor: layers (tanh) from c to the policy's input
+    actor_gain: Above0 = 1.0  # norm of the rows of a continuous policy's last layer at the start; small: small actions
     std_init: Above0 = 1.0  # deviation of a continuous action at the start
     std_min: Above0 = 0.01  # its lower bound, reached softly (ours)
     std_max: Above0 = 2.0  # its upper bound
@@ -237,7 +238,7 @@ class Agent(nn.Module):
             nn.init.orthogonal_(self.actor[-1].weight, 0.01)
             nn.init.zeros_(self.actor[-1].bias)
         else:
-            normc_(self.actor[-1], 1.0)
+            normc_(self.actor[-1], args.actor_gain)
 
     def extract(self, context):
         """context (.., C) -> features (.., F)."""

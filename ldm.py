@@ -23,15 +23,14 @@ Section of the paper                                             function
     3.4 an iteration: new tasks, roles and weights               main
 
 Where this leaves the paper, and the authors' code
-    KL weight: in our means 1 / 120 on the grid is that of a summed ELBO, as in the text; 50 / 401 / 400 on MuJoCo has
-    their 50 of 401 posteriors, too. The authors' code has a mean over decoded transitions: 1 and 50 / 401 here.
+    KL weight: their code's, which has a mean over decoded transitions and not the text's sum; see --kl-coef.
     Roles and weights are drawn anew for every meta-episode; the policy sees b_t alone, so that b_0 has not read s_0.
-    Encoder-p reads the state that is acted on: after an episode's end the next one's first, without a flag (theirs:
-    the last one, with a flag).
+    At an episode's end encoder-p reads its last state with a flag, as in their code, but so does it on MuJoCo, where
+    PPO's windows end there (no gradient reaches the flag's weights); the policy acts on the next episode's first state.
     The buffer holds the last meta-episodes (theirs takes no more once it has seen as many as it holds).
     MuJoCo: an iteration has 400 steps (theirs 200), so twice the minibatches and belief updates; credit flows between
     episodes; inputs of the belief model are standardised; the policy's observations are normalised once an iteration,
-    not clipped; control costs are those of clipped actions; HalfCheetahVel's policy sees the state (theirs does not).
+    not clipped.
     --decode cells or shared and --elbo-terms save decoding: the same loss in expectation, with dropout shared.
     --mix-dimensions: weights for each dimension of m, as in their code; the default is (1).
 """
@@ -88,12 +87,16 @@ class PPO:
     policy_layers: Layers = (32,)  # hidden layers (tanh) of actor and critic
     policy_latent_dim: Count = 32  # encoder-p's latent: the policy sees a mean and a log-variance of this dimension
     policy_state: bool = False  # the policy sees the state beside them
+    # What encoder-p reads of a step that ends an episode. final: the state it led to, and a flag that is 1 there (the
+    # authors' code); next: the next episode's first state, on which the policy acts, and no flag (ours).
+    encoder_obs: Literal["final", "next"] = "final"
     # PPO: windows that a meta-episode is divided into. Encoder-p enters each with the hidden state that the rollout had
     # there, and no gradient goes beyond it. In the authors' code a window is one of their iterations.
     ppo_windows: Count = 1
     # Training moves the states of a meta-episode by a random constant, this times the deviation of first states: so
     # that the policy cannot tell the few training tasks apart by where things happen to stand (ours).
     obs_shift: AtLeast0 = 0.0
+    actor_gain: Above0 = 1.0  # norm of the rows of a continuous policy's last layer at the start; small: small actions
     std_init: Above0 = 1.0  # deviation of a continuous action at the start
     std_min: Above0 = 0.01  # its lower bound, reached softly
     std_max: Above0 = 2.0  # its upper bound
@@ -133,10 +136,12 @@ class Belief:
     decoder_dropout: Dropout = 0.7  # dropout on the decoders' embeddings of s, a, s' (not on m), imagining too
     reward_coef: AtLeast0 = 1.0  # weight of the reward's reconstruction
     state_coef: AtLeast0 = 0.0  # weight of the state's reconstruction; 0 = no state decoder
-    standardise_inputs: bool = False  # standardise the inputs of encoders and decoders (ours); the grid's are raw
+    standardise_inputs: bool = False  # standardise what encoders and decoders read and, of states, predict (ours)
     # Weight of the KL. Every term of the ELBO is a mean here (over B, posteriors, transitions), so this is the weight
-    # in a summed ELBO (the paper's text) over the number of decoded transitions; the authors' code has a mean of these.
-    kl_coef: AtLeast0 = 1 / 120
+    # in a summed ELBO over the number of decoded transitions. The authors' code has a mean over these: 1 on grids, and
+    # on MuJoCo, where it counts 50 of 401 posteriors in the KL alone, 50 / 401. The paper's text, a summed ELBO, is
+    # --kl-coef 0.00833 (1 / 120) on its grid, 0.000312 (50 / 401 / 400) on MuJoCo.
+    kl_coef: AtLeast0 = 1.0
     kl_to_prior: bool = False  # KL of each posterior to N(0, I) (authors' option), not to the posterior before (paper)
 
 
@@ -144,7 +149,6 @@ class Belief:
 class LDM:
     """Imaginary tasks."""
 
-    oracle: bool = False  # train on the split "all", with the tasks of the evaluation: the paper's oracles
     num_mixture_workers: Count0 = 2  # environments whose rewards are imagined; 0 = RL2, no latent dynamics network
     beta: AtLeast0 = 1.0  # (1): the weights are beta * Dirichlet(1, .., 1) - (beta - 1) / n; above 1 they extrapolate
     mix_dimensions: bool = False  # other weights in each dimension of m (the authors' code), not the same (paper)
@@ -197,7 +201,8 @@ class Agent(nn.Module):
         self.std = None if self.discrete else BoundedStd(n_out, args.std_init, args.std_min, args.std_max)
         self.obs_norm, self.return_norm, self.first_norm = RunningNorm(obs_dim), RunningNorm(1), RunningNorm(obs_dim)
         recurrent = args.belief and not args.oracle_context
-        self.encoder = BeliefEncoder(args, obs_dim, action_space, args.policy_latent_dim) if recurrent else None
+        flags = args.encoder_obs == "final"
+        self.encoder = BeliefEncoder(args, obs_dim, action_space, args.policy_latent_dim, flags) if recurrent else None
         self.sees_state = args.policy_state or not recurrent
         sizes = [sum(belief_sizes.values()) + obs_dim * self.sees_state, *args.policy_layers]
         self.actor, self.critic = mlp([*sizes, n_out], nn.Tanh), mlp([*sizes, 1], nn.Tanh)
@@ -208,7 +213,7 @@ class Agent(nn.Module):
             nn.init.orthogonal_(self.actor[-1].weight, 0.01)
             nn.init.zeros_(self.actor[-1].bias)
         else:
-            normc_(self.actor[-1], 1.0)
+            normc_(self.actor[-1], args.actor_gain)
 
     def parts(self):
         """The modules whose gradients are clipped one by one: actor and critic, and encoder-p."""
@@ -216,13 +221,13 @@ class Agent(nn.Module):
         return [nn.ModuleList([self.actor, self.critic, *std])] + ([self.encoder] if self.encoder else [])
 
     def beliefs(self, data):
-        """Encoder-p on meta-episodes or windows, with gradients: acted_on (T, B, S), actions, rewards -> (T + 1, B, .).
+        """Encoder-p on meta-episodes or windows, with gradients: read_obs (T, B, .), actions, rewards -> (T + 1, B, .).
 
         It starts from the first of hiddens (., B, D). Without encoder-p, the beliefs that the rollout had.
         """
         if not self.encoder:
             return data["beliefs"]
-        data = data | dict(next_obs=data["acted_on"])
+        data = data | dict(next_obs=data["read_obs"])
         return self.encoder.belief(self.encoder.hiddens(data, start=data["hiddens"][:1]))
 
     def named(self, belief):
@@ -333,16 +338,19 @@ class Decoder(nn.Module):
 
 
 class BeliefEncoder(nn.Module):
-    """Encoder and the posterior's heads: encoder-p of the policy, encoder-v of the latent dynamics network."""
+    """Encoder and the posterior's heads: encoder-p of the policy, encoder-v of the latent dynamics network.
 
-    def __init__(self, args, obs_dim, action_space, latent_dim):
+    With flags, a state has a last entry, 1 at an episode's end: S is one more.
+    """
+
+    def __init__(self, args, obs_dim, action_space, latent_dim, flags=False):
         super().__init__()
         self.discrete = hasattr(action_space, "n")
         self.num_actions = int(action_space.n) if self.discrete else action_space.shape[0]
-        self.encoder = Encoder(args, obs_dim, self.num_actions)
+        self.encoder = Encoder(args, obs_dim + flags, self.num_actions)
         self.heads = nn.Linear(args.hidden_dim, 2 * latent_dim)  # mean and log-variance
         norm = RunningNorm if args.standardise_inputs else nn.Identity
-        self.obs_norm, self.reward_norm = norm(obs_dim, min_std=0.02), norm(1, min_std=0.02)
+        self.obs_norm, self.reward_norm, self.obs_dim = norm(obs_dim, min_std=0.02), norm(1, min_std=0.02), obs_dim
         if self.discrete:
             self.register_buffer("one_hot", torch.eye(self.num_actions), persistent=False)
         elif np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all():
@@ -355,10 +363,14 @@ class BeliefEncoder(nn.Module):
             return F.embedding(action, self.one_hot)
         return torch.maximum(torch.minimum(action, self.high), self.low) if hasattr(self, "low") else action
 
+    def obs_input(self, obs):
+        """States (..., S), standardised; a flag stays 0 or 1."""
+        return torch.cat([self.obs_norm(obs[..., : self.obs_dim]), obs[..., self.obs_dim :]], -1)
+
     def step(self, action, next_obs, reward, hidden):
         """The encoder's step on a raw transition: action (N, .), next_obs (N, S), reward (N,) -> hidden (N, D)."""
         reward = self.reward_norm(reward.unsqueeze(-1))
-        return self.encoder.step(self.action_input(action), self.obs_norm(next_obs), reward, hidden)
+        return self.encoder.step(self.action_input(action), self.obs_input(next_obs), reward, hidden)
 
     def hiddens(self, batch, tbptt=0, start=None):
         """The encoder's hidden states on whole meta-episodes: actions, next_obs, rewards (T, B, .) -> (T + 1, B, D).
@@ -366,7 +378,7 @@ class BeliefEncoder(nn.Module):
         On windows of them it goes on from start (1, B, D), the first of its results.
         """
         rewards = self.reward_norm(batch["rewards"].unsqueeze(-1))
-        inputs = self.action_input(batch["actions"]), self.obs_norm(batch["next_obs"]), rewards
+        inputs = self.action_input(batch["actions"]), self.obs_input(batch["next_obs"]), rewards
         if start is None:
             return self.encoder(*inputs, tbptt)
         return torch.cat([start, self.encoder.gru(self.encoder.embed(*inputs), start)[0]])
@@ -405,6 +417,7 @@ class BeliefModel(BeliefEncoder):
         if args.reward_decoder == "bernoulli":
             self.register_buffer("cells", envs.cells, persistent=False)
         self.state_decoder = Decoder(args, S, A, S, ("obs", "action")) if args.state_coef else None
+        self.change_norm = RunningNorm(S, min_std=0.001) if args.standardise_inputs else nn.Identity()
 
     def parts(self):
         """The modules whose gradients are clipped one by one."""
@@ -464,8 +477,8 @@ def reconstruction(model, m, real, batch, args):
         else:
             error = (predicted - reward).square()
         reward_loss = (error * weight).sum()
-    if model.state_decoder:  # predicts the change of state: ahead of s' itself from the first step
-        error = (model.state_decoder(m, *x) - (next_obs - obs)).square().mean(-1)
+    if model.state_decoder:  # predicts the change of state, standardised, so that its weight means the same everywhere
+        error = (model.state_decoder(m, *x) - model.change_norm(next_obs - obs)).square().mean(-1)
         state_loss = (error * weight).sum()
     return reward_loss, state_loss
 
@@ -639,7 +652,7 @@ class A2COptimizer:
 def a2c_update(agent, optimizer, data, ent_coef, args):
     """One gradient step of the actor-critic on an iteration's steps, end to end through encoder-p. Returns its terms.
 
-    data: obs, acted_on (T, N, S), actions (T, N, .), rewards, advantages, returns, alive (T, N), hiddens (., N, D).
+    data: obs (T, N, S), read_obs, actions (T, N, .), rewards, advantages, returns, alive (T, N), hiddens (., N, D).
     """
     alive = data["alive"].float()
     weight = alive / all_sum(alive.sum()).clamp(min=1)
@@ -655,13 +668,13 @@ def a2c_update(agent, optimizer, data, ent_coef, args):
 def ppo_update(agent, optimizer, data, ent_coef, args):
     """Epochs of minibatches of PPO's clipped objective on an iteration's meta-episodes. Returns a dict of mean terms.
 
-    data: obs, acted_on (T, N, S), beliefs (T + 1, N, .), actions (T, N, .), rewards, logprobs, values, advantages,
+    data: obs (T, N, S), read_obs, actions (T, N, .), beliefs (T + 1, N, .), rewards, logprobs, values, advantages,
     returns, alive (T, N), hiddens (windows, N, D). A minibatch holds all w steps of some windows: encoder-p reads them
     anew each time.
     """
     T = len(data["obs"])
     w = T // args.ppo_windows
-    names = "obs acted_on actions rewards beliefs logprobs advantages returns alive values".split()
+    names = "obs read_obs actions rewards beliefs logprobs advantages returns alive values".split()
     b = {name: data[name][:T].unflatten(0, (-1, w)).transpose(0, 1).flatten(1, 2) for name in names}  # (w, windows, .)
     b["hiddens"] = data["hiddens"].flatten(0, 1)[None]
     alive = b["alive"].float()
@@ -744,9 +757,10 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False, mixture=N
     environment, its last belief by parts.
     """
     T, N, S, device = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0], envs.device
+    final = args.encoder_obs == "final"
     normal, imagining, alpha = mixture or (torch.arange(N, device=device), None, None)
     data = records(envs) | dict(
-        acted_on=torch.empty(T, N, S, device=device),  # next_obs, but at an episode's end the next one's first state
+        read_obs=torch.empty(T, N, S + final, device=device),  # what encoder-p reads of each step
         true_rewards=torch.empty(T, N, device=device),  # the environments' own
         beliefs=torch.zeros(T + 1, N, sum(agent.belief_sizes.values()), device=device),
         hiddens=torch.zeros(args.ppo_windows, N, args.hidden_dim, device=device),  # of encoder-p where windows start
@@ -776,9 +790,13 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False, mixture=N
                 reward = torch.where(imagining & data["alive"][t], imaginary, reward)
                 hidden_v = model.step(action, next_obs, reward, hidden_v)
             data["rewards"][t] = reward
-            data["acted_on"][t] = acted_on = obs if t + 1 < T else next_obs
+            read_obs = obs if t + 1 < T else next_obs
+            if final:
+                ends = data["terminated"][t] | ((t + 1) % envs.horizon == 0)
+                read_obs = torch.cat([next_obs, ends[:, None]], -1)
+            data["read_obs"][t] = read_obs
             if agent.encoder:
-                hidden = agent.encoder.step(action, acted_on, reward, hidden)
+                hidden = agent.encoder.step(action, read_obs, reward, hidden)
     details = {f"belief_{name}": part for name, part in agent.named(data["beliefs"][-1]).items()}
     real = outcomes({name: data[name][:, normal] for name in ("raw_rewards", "success")}, envs)
     return data | real | dict(normal=normal, imagining=imagining, details=details)
@@ -788,7 +806,7 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False, mixture=N
 
 
 def main(args):
-    with Run(args, split="all" if args.oracle else "train") as run:
+    with Run(args) as run:
         check_args(args)
         envs, learns_belief = run.envs, imagines(args)
         steps = args.num_envs * envs.meta_horizon  # of an iteration: a meta-episode in every environment
@@ -851,6 +869,7 @@ def main(args):
                 for encoder in (agent.encoder, model) if agent.encoder else ():
                     encoder.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
                     encoder.reward_norm.update(data["true_rewards"].view(-1, 1), alive.flatten())
+                model.change_norm.update((data["next_obs"] - data["obs"]).flatten(0, 1), alive.flatten())
             run.lap("ppo")
 
             if learns_belief:
@@ -877,22 +896,34 @@ def main(args):
 # ---------- 8. What is imagined, and pictures ----------
 
 
-def probe_imagination(model, m, test_envs):
-    """Grids: the tasks that mixtures m (M, Z) stand for, without dropout. Training learns nothing of the test goals.
+def imagined_rewards(model, m, draws):
+    """Grids: what a mixture worker with m (M, Z) is paid in each cell, dropout on as for it, in the mean over `draws`
+    of dropout: (M, cells)."""
+    mode = model.training
+    model.train()
+    with torch.no_grad(), torch.random.fork_rng([m.device] if m.is_cuda else []):  # training's draws stay what they are
+        rewards = expected_reward(model.cell_logits(m.repeat(draws, 1)[None])[0]).unflatten(0, (draws, -1)).mean(0)
+    model.train(mode)
+    return rewards
 
-    Returns a dict: the share whose best cell is a test goal, and the largest rewards, of all cells and of test goals.
+
+def probe_imagination(model, m, test_envs):
+    """Grids: the tasks that mixtures m (M, Z) stand for, as workers are paid. Training does not see the test goals.
+
+    Returns a dict: the share whose best cell is a test goal, and the largest rewards, of all cells and of test goals,
+    of one draw of dropout and of the mean over 100.
     """
     goals = test_envs.cell(test_envs.task_table.to(m.device))
-    model.eval()
-    with torch.no_grad():
-        rewards = expected_reward(model.cell_logits(m[None])[0])  # (M, cells)
-    model.train()
-    values = dict(
-        best_cell_is_a_test_goal=torch.isin(rewards.argmax(1), goals).float(),
-        largest_reward=rewards.amax(1),
-        largest_reward_of_a_test_goal=rewards[:, goals].amax(1),
-    )
-    return {f"imagination/{name}": value.mean().item() for name, value in values.items()}
+    found = {}
+    for draws, prefix in ((1, "one_draw/"), (100, "")):
+        rewards = imagined_rewards(model, m, draws)
+        values = dict(
+            best_cell_is_a_test_goal=torch.isin(rewards.argmax(1), goals).float(),
+            largest_reward=rewards.amax(1),
+            largest_reward_of_a_test_goal=rewards[:, goals].amax(1),
+        )
+        found |= {f"imagination/{prefix}{name}": value.mean().item() for name, value in values.items()}
+    return found
 
 
 def draw_pictures(agent, model, args, run, details):
@@ -915,7 +946,7 @@ def draw_pictures(agent, model, args, run, details):
         mixtures = [draw_mixture(args, args.num_envs, envs.device) for _ in range(5)]
         alpha = torch.stack([alpha[imagining][0] for _, imagining, alpha in mixtures])  # of one worker each: (5, N, .)
         m = (alpha * model.sample(last)).sum(1)  # (1): (5, Z)
-        rewards = expected_reward(model.cell_logits(m[None])[0])  # (5, cells)
+        rewards = imagined_rewards(model, m, 100)  # (5, cells)
         weights = torch.zeros_like(rewards).index_add(1, envs.cell(played["task"]), alpha.mean(-1))
     draw_mixed_tasks(run.folder / "imagined.png", weights.cpu().numpy(), rewards.cpu().numpy(), train_envs)
     for n in range(0, len(names), math.ceil(len(names) / 3)):
@@ -933,26 +964,25 @@ LOCOMOTION = dict(  # an iteration is a meta-episode of 400 steps, theirs 200: h
     policy_layers=(128,), policy_latent_dim=128, policy_state=True, belief_batch=10, buffer_size=10_000,
     action_embed=16, reward_embed=16, latent_dim=5, elbo_terms=50, decode_terms=50, reward_decoder="mlp",
     decode="shared", decoder_layers=(64, 32), decoder_dropout=0.5,
-    kl_coef=50 / 401 / 400,  # their KL counts 50 of the 401 posteriors; over 400 transitions, as in a summed ELBO
-    standardise_inputs=True,
+    kl_coef=50 / 401, standardise_inputs=True,
 )  # fmt: skip
 POINT = LOCOMOTION | dict(  # not one of the paper's
-    total_timesteps=50_000_000, gamma=0.99, reward_decoder="mlp-next", ppo_windows=1, kl_coef=1 / 300
+    total_timesteps=50_000_000, gamma=0.99, reward_decoder="mlp-next", ppo_windows=1, kl_coef=1.0
 )
 PRESETS = {
-    "GridWorld": dict(total_timesteps=20_000_000, time_limit="terminal", kl_coef=1 / 60),
+    "GridWorld": dict(total_timesteps=20_000_000, time_limit="terminal"),
     "GridWorldLDM": dict(time_limit="terminal"),
     "GridWorldExtrapolation": dict(time_limit="terminal", decoder_dropout=0.5),
     "SparsePointRobot": POINT,
     "HalfCheetahVel": LOCOMOTION | dict(
-        total_timesteps=50_000_000, clip_coef=0.1, belief_updates=2, num_mixture_workers=4
+        total_timesteps=50_000_000, clip_coef=0.1, policy_state=False, belief_updates=2, num_mixture_workers=4
     ),
     "HalfCheetahDir": LOCOMOTION | dict(split_rule="varibad"),  # not one of the paper's: two tasks, to train and test
     "AntDir": LOCOMOTION | dict(buffer_add=0.8),
     "AntGoal": LOCOMOTION | dict(num_minibatches=2, policy_state=False, latent_dim=10, beta=2.0),
     "HopperMass": LOCOMOTION | dict(  # not one of the paper's
         total_timesteps=10_000_000, eval_interval=25, checkpoint_interval=25, eval_tasks=30, gamma=0.99, ppo_windows=4,
-        latent_dim=10, kl_coef=50 / 1601 / 1600,
+        latent_dim=10,
     ),
     "module:factory": POINT,  # your own, and all others
 }  # fmt: skip

@@ -65,11 +65,19 @@ class Experiment:
     run_dir: str = ""  # folder of this very run; empty = runs/<env>__<script>__<seed>__<time>
     resume: str = ""  # checkpoint to continue from, with its arguments; those given beside it override
     evaluate: str = ""  # checkpoint to evaluate: prints the results and writes eval.json beside it, trains nothing
-    eval_sample: bool = False  # evaluate with sampled actions and latents in place of the most likely ones
+    # Evaluate with sampled actions in place of the most likely ones; of continuous policies both are reported anyway.
+    eval_sample: bool = False
     capture_video: bool = False  # with --evaluate: a film of one held-out task of each family (Meta-World, ScratchItch)
     compile: bool = False  # torch.compile the networks; the first iteration takes a minute
     reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward functions
     split_rule: Literal["varibad", "ldm"] = "varibad"  # MuJoCo: train = test, or LDM's disjoint sets (its Table 1)
+    oracle: bool = False  # train on the split "all", with the tasks of the evaluation: LDM's oracles
+    # MuJoCo: actions in rewards are the policy's (raw: variBAD's and LDM's code) or clipped to their box; empty = the
+    # environment's own, raw in variBAD's and LDM's tasks.
+    control_cost: Literal["", "raw", "clipped"] = ""
+    # A last entry of observations (common/envs/extra.py). done: whether an episode has just ended (SDVT's); time: the
+    # share of the episode that is over, which with --no-belief is a floor for contexts that change with time (ours).
+    extra_obs: Literal["none", "done", "time"] = "none"
     sessions: Count0 = 0  # sessions of an episode, where the environment has them; 0 = the environment's own
     session_process: Literal["", "fixed", "poisson", "bernoulli"] = ""  # their lengths; empty = the environment's own
 

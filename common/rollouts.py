@@ -86,6 +86,28 @@ def first_tasks(envs, count):
     return [name for named in by_family.values() for name in named[: count or None]]
 
 
+def play_tasks(play, envs, names, deterministic):
+    """Evaluation tasks, round by round: {name: {"return", "success", and the details}}. play: as for Run.evaluate.
+
+    Raises FloatingPointError where one of these is not finite.
+    """
+    tasks = {}
+    for first in range(0, len(names), envs.num_envs):
+        chunk = names[first : first + envs.num_envs]
+        padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
+        data = play(envs, padded, deterministic)
+        rows = {"return": data["episode_return"].T, "success": data["episode_success"].float().T}
+        rows |= data.get("details", {})
+        for name, x in rows.items():
+            if not x.isfinite().all():
+                task = padded[int((~x.flatten(1).isfinite()).any(1).nonzero()[0])]
+                what = f"evaluation of task {task}, {envs.split} split: its {name.replace('_', ' ')}"
+                raise FloatingPointError(f"{what} is not finite")
+        rows = {name: x.tolist() for name, x in rows.items()}
+        tasks |= {name: {key: x[i] for key, x in rows.items()} for i, name in enumerate(chunk)}
+    return tasks
+
+
 def film_tasks(envs, play, folder):
     """Films the first task of each family, most likely actions, into folder: video_<family>.gif.
 

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -49,12 +50,13 @@ from common.files import (
 )
 from common.memory import check_memory, steps_memory
 from common.processes import all_sum, check_finite, join_processes, leads, rank, ranks
-from common.rollouts import by_episode, film_tasks, first_tasks
+from common.rollouts import by_episode, film_tasks, first_tasks, play_tasks
 from common.terminal import catch_signals, guard_terminal
 
 LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged whenever they happen
 # Arguments that a checkpoint's environments and buffers were made with: --resume cannot change them.
-FIXED = "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule sessions session_process"
+FIXED = "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule oracle control_cost "
+FIXED += "extra_obs sessions session_process"
 
 
 class Run:
@@ -65,8 +67,9 @@ class Run:
     Raises BadInput for what does not fit, before anything is written.
     """
 
-    def __init__(self, args, split="train", threads=1):
-        """threads: of the networks, which are small: more would wait for each other and take the workers' cores."""
+    def __init__(self, args, split="", threads=1):
+        """split: "" is train, or all with --oracle. threads: of the networks, which are small: more would
+        wait for each other and take the workers' cores."""
         self.args, self.script, self.made = args, script_of(type(args)), []
         self.eval_envs, self.details, self.metrics, self.progress = {}, None, None, None
         self.signals, self.stop, self.shown, self.saved_step, self.lock = [], False, {}, None, None
@@ -83,7 +86,7 @@ class Run:
             self.iteration, self.global_step = self.state.get("iteration", 0), self.state.get("global_step", 0)
             self.metrics_bytes, self.wandb_id = self.state.get("metrics_bytes", 0), self.state.get("wandb")
             self.benchmark_seed = self.state.get("benchmark_seed", args.seed)  # the run's own, whatever --seed says now
-            self.envs = self.make_train_envs(split, args.num_envs // ranks())
+            self.envs = self.make_train_envs(split or ("all" if args.oracle else "train"), args.num_envs // ranks())
             for name in ("horizon", "episodes_per_task"):
                 own = getattr(self.envs, name)
                 if getattr(args, name) not in (0, own):
@@ -114,9 +117,10 @@ class Run:
         """Environments of this experiment, closed with the run."""
         a = self.args
         sizes = dict(horizon=a.horizon or None, episodes_per_task=a.episodes_per_task or None) | sizes
-        rules = dict(reward_version=a.reward_version, split_rule=a.split_rule, benchmark_seed=self.benchmark_seed)
-        sessions = dict(sessions=a.sessions, session_process=a.session_process)
-        envs = make_envs(a.env_id, num_envs, split, a.seed, self.device, **rules, **sessions, **sizes)
+        rules = dict(reward_version=a.reward_version, split_rule=a.split_rule, control_cost=a.control_cost)
+        rules |= dict(sessions=a.sessions, session_process=a.session_process, extra_obs=a.extra_obs)
+        rules |= dict(benchmark_seed=self.benchmark_seed)
+        envs = make_envs(a.env_id, num_envs, split, a.seed, self.device, **rules, **sizes)
         self.made.append(envs)
         return envs
 
@@ -308,6 +312,7 @@ class Run:
     def evaluate(self, play, summarise=None, rename=str):
         """Every evaluation task of every split once, over its K episodes, with random numbers of its own; written.
 
+        Of continuous policies twice: with the most likely actions and, as split/sampled, with sampled ones.
         play(envs, tasks, deterministic): a rollout in named tasks; of what it returns, `episode_return` and
         `episode_success` (K, N) and the tensors (N, .) in `details`, if any, are kept for each task, in eval.json.
         summarise(tasks): a split's scalars by name; `by_episode` if None. rename(name): what they, and those of the
@@ -315,40 +320,26 @@ class Run:
         """
         if not self.eval_envs:
             return {}
-        scalars, self.details = {}, {}
+        scalars, played, kinds = {}, {}, {"": not self.args.eval_sample}
+        if not (self.args.eval_sample or hasattr(self.envs.single_action_space, "n")):
+            kinds["/sampled"] = False
         with torch.random.fork_rng(devices=[self.device] if self.args.cuda else []), self.evaluating():
             torch.manual_seed(self.args.seed)
-            for split, envs in self.eval_envs.items():
-                tasks = self.details[split] = self.play_all(play, envs)
+            for (kind, deterministic), (split, envs) in itertools.product(kinds.items(), self.eval_envs.items()):
+                todo = first_tasks(envs, self.args.eval_tasks)
+                tasks = played[split + kind] = play_tasks(play, envs, todo, deterministic)
                 found = (summarise or by_episode)(tasks)
                 if hasattr(envs, "score"):
                     found |= envs.score({name: task["return"] for name, task in tasks.items()})
-                scalars |= {f"eval/{split}/{rename(key)}": value for key, value in found.items()}
+                scalars |= {f"eval/{split}{kind}/{rename(key)}": value for key, value in found.items()}
+        self.details = {split: played[split] for split in self.eval_envs}
         self.shown |= {"test return": scalars["eval/test/return"], "test success": scalars["eval/test/success_rate"]}
-        text = json.dumps(dict(global_step=self.global_step, **scalars, tasks=self.details), indent=1)
+        text = json.dumps(dict(global_step=self.global_step, **scalars, tasks=played), indent=1)
         with contextlib.nullcontext() if self.args.evaluate else on_disk("evaluation", self.global_step):
             write_whole(self.folder / "eval.json", text)
         if self.metrics:
             self.write(scalars, "evaluation")
         return scalars
-
-    def play_all(self, play, envs):
-        """The evaluation tasks of a split, round by round: {task: {"return", "success", and the details}}."""
-        tasks, todo = {}, first_tasks(envs, self.args.eval_tasks)
-        for first in range(0, len(todo), envs.num_envs):
-            chunk = todo[first : first + envs.num_envs]
-            padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
-            data = play(envs, padded, not self.args.eval_sample)
-            rows = {"return": data["episode_return"].T, "success": data["episode_success"].float().T}
-            rows |= data.get("details", {})
-            for name, x in rows.items():
-                if not x.isfinite().all():
-                    task = padded[int((~x.flatten(1).isfinite()).any(1).nonzero()[0])]
-                    what = f"evaluation of task {task}, {envs.split} split: its {name.replace('_', ' ')}"
-                    raise FloatingPointError(f"{what} is not finite")
-            rows = {name: x.tolist() for name, x in rows.items()}
-            tasks |= {name: {key: x[i] for key, x in rows.items()} for i, name in enumerate(chunk)}
-        return tasks
 
     @contextlib.contextmanager
     def evaluating(self):

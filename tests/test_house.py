@@ -241,7 +241,7 @@ def test_functions_fit_on_a_screen():
 
 # ---------- Imports ----------
 
-BACK_ENDS = {f"common.envs.{name}" for name in ("check", "film", "mujoco_batch", "sessions", "workers")}
+BACK_ENDS = {f"common.envs.{name}" for name in ("check", "extra", "film", "mujoco_batch", "sessions", "workers")}
 FAMILY_FILES = {factory.split(":")[0] for factory in FAMILIES.values()} | {"common.envs.metaworld"}
 
 

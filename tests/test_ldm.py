@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import Bernoulli, Dirichlet
+from torch.distributions import Bernoulli, Dirichlet, Normal, kl_divergence
 
 import common.processes
 import common.run
@@ -126,12 +126,35 @@ def test_encoder_p_reads_imaginary_rewards(env_id):
     assert not torch.isclose(data["beliefs"], misled)[1:, imagining].all(-1).any()
 
 
-def test_encoder_p_reads_where_the_policy_acts():
-    """At an episode's end the next one's first state, else the successor; encoder-v always the successor."""
-    data, _ = imagined(setup())
-    assert torch.equal(data["acted_on"][3], torch.zeros(5, 2)) and torch.equal(data["acted_on"][7], data["next_obs"][7])
-    rest = [0, 1, 2, 4, 5, 6]
-    assert torch.equal(data["acted_on"][rest], data["next_obs"][rest])
+def read_by_hand(data, n, t, horizon, encoder_obs):
+    """What encoder-p reads of a step: the state it led to and whether an episode ended, or the state acted on next."""
+    last = t + 1 == len(data["rewards"])
+    if encoder_obs == "next":
+        return (data["next_obs"][t, n] if last else data["obs"][t + 1, n]).tolist()
+    ended = bool(data["terminated"][t, n]) or (t + 1) % horizon == 0
+    return [*data["next_obs"][t, n].tolist(), float(ended)]
+
+
+@pytest.mark.parametrize("encoder_obs", ["final", "next"])
+@pytest.mark.parametrize("env_id", ["GridWorldLDM", "HopperMass"])
+def test_what_encoder_p_reads(env_id, encoder_obs, monkeypatch):
+    """At an episode's end, early or not, too; encoder-v always the true successor, without a flag."""
+    s = setup(env_id, encoder_obs=encoder_obs, ppo_windows=1)
+    if env_id == "HopperMass":
+        monkeypatch.setattr(type(s.envs), "healthy", lambda envs, q, v: np.arange(len(q)) % 2 == 0)  # some fall at once
+    read = []
+    for part in (s.agent.encoder, s.model):
+        step = part.step
+        monkeypatch.setattr(part, "step", lambda a, o, *x, p=part, f=step: read.append((p, o)) or f(a, o, *x))
+    data, _ = imagined(s)
+    assert (env_id == "HopperMass") == bool(data["terminated"].any())
+    theirs = [obs for part, obs in read if part is s.agent.encoder]
+    for t in range(8):
+        by_hand = torch.tensor([read_by_hand(data, n, t, 4, encoder_obs) for n in range(5)])
+        assert torch.equal(theirs[t], by_hand) and torch.equal(data["read_obs"][t], by_hand)
+    assert torch.equal(torch.stack([obs for part, obs in read if part is s.model]), data["next_obs"])
+    if encoder_obs == "final" and env_id == "GridWorldLDM":  # the cell of an episode's last step is seen
+        assert not torch.equal(data["next_obs"][3], data["obs"][4])
 
 
 def test_dropout_while_imagining():
@@ -215,17 +238,42 @@ def test_probe_of_imagined_tasks(monkeypatch):
     assert data["mixed"].shape == (5, 3)
     test_envs, logits = make_envs("GridWorldLDM", 1, "test"), torch.full((1, 2, 49), -5.0)
     logits[0, 0, 3], logits[0, 1, 2], logits[0, 1, 24] = 2.0, 3.0, 0.0  # (0, 3), (0, 2), (3, 3): test, train, test
-    monkeypatch.setattr(s.model, "cell_logits", lambda m: logits)
+    monkeypatch.setattr(s.model, "cell_logits", lambda m: logits.repeat(1, m.shape[1] // 2, 1))
     found = ldm.probe_imagination(s.model, data["mixed"][imagining], test_envs)
     reward = 1.1 * torch.tensor([2.0, 3.0, 0.0]).sigmoid() - 0.1
-    assert found == pytest.approx(
-        {
-            "imagination/best_cell_is_a_test_goal": 0.5,
-            "imagination/largest_reward": (reward[0] + reward[1]).item() / 2,
-            "imagination/largest_reward_of_a_test_goal": (reward[0] + reward[2]).item() / 2,
-        }
+    expected = dict(
+        best_cell_is_a_test_goal=0.5,
+        largest_reward=(reward[0] + reward[1]).item() / 2,
+        largest_reward_of_a_test_goal=(reward[0] + reward[2]).item() / 2,
     )
+    both = {f"imagination/{prefix}{name}": value for name, value in expected.items() for prefix in ("", "one_draw/")}
+    assert found == pytest.approx(both)
     assert s.model.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_imagined_rewards_have_the_workers_dropout(training):
+    """In the mean, and in their spread, those that `imagine` pays in training: draw by draw and cell by cell. Neither
+    the mode nor training's random numbers change."""
+    s = setup(decoder_dropout=0.6)
+    for weights in s.model.reward_decoder.parameters():
+        weights.mul_(3)
+    m, cells, still = torch.randn(2, 3), torch.tensor([[0.0, 3.0], [5.0, 6.0]]), torch.zeros(2, dtype=torch.int64)
+    draws = torch.stack([ldm.imagine(s.model, m, cells, still, cells, s.args) for _ in range(2000)])  # (2000, 2)
+    s.model.train(training)
+    before = torch.get_rng_state()
+    many = ldm.imagined_rewards(s.model, m, 2000)[[0, 1], [3, 41]]
+    assert torch.equal(before, torch.get_rng_state()) and s.model.training == training
+    torch.testing.assert_close(many, draws.mean(0), atol=5 * 2**0.5 * draws.std(0).max().item() / 2000**0.5, rtol=0)
+    singles = []
+    for seed in range(300):
+        torch.manual_seed(seed)
+        singles.append(ldm.imagined_rewards(s.model, m, 1)[[0, 1], [3, 41]])
+    torch.testing.assert_close(torch.stack(singles).std(0), draws.std(0), rtol=0.2, atol=0)
+    s.model.eval()
+    without = ldm.imagine(s.model, m, cells, still, cells, s.args)
+    assert ((many - without).abs() > 0.01).any()  # the test can tell
 
 
 # ---------- The policy, end to end ----------
@@ -239,8 +287,8 @@ def loop_beliefs(s, data, starts=()):
         if len(starts) and t % (s.envs.meta_horizon // len(starts)) == 0:
             hidden = starts[t * len(starts) // s.envs.meta_horizon]
             beliefs[-1] = s.agent.encoder.belief(hidden)
-        last = t + 1 == s.envs.meta_horizon
-        seen = data["next_obs"][t] if last else data["obs"][t + 1]
+        by_hand = [read_by_hand(data, n, t, s.envs.horizon, s.args.encoder_obs) for n in range(s.args.num_envs)]
+        seen = torch.tensor(by_hand)
         hidden = s.agent.encoder.step(data["actions"][t], seen, data["rewards"][t], hidden)
         beliefs.append(s.agent.encoder.belief(hidden))
     return torch.stack(beliefs)
@@ -430,7 +478,7 @@ def test_visited_cells():
 
 
 def test_elbo_is_varibads():
-    """Encoder-v's KL and reconstruction, weighted as the authors' sums are once divided by the decoded transitions."""
+    """Encoder-v's KL and reconstruction, weighted as a summed ELBO is once divided by the decoded transitions."""
     s = setup(decoder_dropout=0.0, kl_coef=1 / 8)
     batch, randn = stored(s), torch.randn(9, 3, 3)
     with pytest.MonkeyPatch.context() as patch:
@@ -450,6 +498,46 @@ def test_elbo_is_varibads():
         if t < 8:
             hidden = s.model.step(batch["actions"][t], batch["next_obs"][t], batch["rewards"][t], hidden)
     torch.testing.assert_close(loss, summed / (3 * 9 * 8))
+
+
+@pytest.mark.parametrize("env_id, T, counted", [("GridWorldLDM", 120, 121), ("HalfCheetahVel", 400, 50)])
+def test_loss_is_the_authors(env_id, T, counted, monkeypatch):
+    """Their loss of a batch, divided by the T + 1 posteriors: of each of them the mean error over the T decoded
+    transitions, and the KL of each of those that they draw (all of the grid's, 50 on MuJoCo), whatever it is."""
+    preset = ldm.PRESETS[env_id]
+    sizes = dict(horizon=T // 4, episodes_per_task=4, decode="shared", decode_terms=0, elbo_terms=0, tbptt=0)
+    s = setup(env_id, decoder_dropout=0.0, kl_coef=preset.get("kl_coef", ldm.Args.kl_coef), ppo_windows=1, **sizes)
+    s.args.standardise_inputs = False
+    torch.manual_seed(1)
+    S, A = s.envs.single_observation_space.shape[0], s.envs.single_action_space
+    actions = torch.randint(A.n, (T, 2)) if hasattr(A, "n") else torch.rand(T, 2, *A.shape) * 2 - 1
+    obs, next_obs = torch.rand(2, T, 2, S) * 6
+    rewards = torch.where(torch.rand(T, 2) < 0.2, 1.0, -0.1)
+    batch = dict(obs=obs, next_obs=next_obs, actions=actions, rewards=rewards, alive=torch.ones(T, 2, dtype=torch.bool))
+    noise = torch.randn(T + 1, 2, 3)
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
+    hidden, errors, kls, before = torch.zeros(2, 6), [], [], Normal(torch.zeros(2, 3), torch.ones(2, 3))
+    decoder = s.model.reward_decoder
+    with torch.no_grad():
+        loss = ldm.elbo(s.model, batch, s.args)[0]
+        inputs = [decoder.embed_state(next_obs).relu()]
+        if env_id == "HalfCheetahVel":
+            inputs = [decoder.embed_state(obs).relu(), *inputs, decoder.embed_action(actions).relu()]
+        for t in range(T + 1):
+            mean, logvar = s.model.posterior(hidden)
+            posterior = Normal(mean, (0.5 * logvar).exp())
+            m = mean + posterior.stddev * noise[t]
+            out = decoder.net(torch.cat([m.expand(T, 2, 3), *inputs], -1)).squeeze(-1)
+            if env_id == "GridWorldLDM":
+                errors.append(F.binary_cross_entropy_with_logits(out, (rewards == 1).float()))
+            else:
+                errors.append(F.mse_loss(out, rewards))
+            kls.append(kl_divergence(posterior, before).sum(-1).mean())
+            before = posterior
+            if t < T:
+                hidden = s.model.step(actions[t], next_obs[t], rewards[t], hidden)
+    theirs = sum(errors) + sum(kls) * counted / (T + 1)
+    torch.testing.assert_close(loss, theirs / (T + 1), rtol=1e-4, atol=1e-6)
 
 
 # ---------- Runs ----------
@@ -535,10 +623,11 @@ def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
         for (x, y), weight in zip(goals, alpha[worker][0].mean(-1).tolist()):
             column[7 * x + y] += weight
         mixed.append(sum(weight * latent for weight, latent in zip(alpha[worker][0], latents)))
-    torch.testing.assert_close(m, torch.stack(mixed)[None], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(m, torch.stack(mixed).repeat(100, 1)[None], atol=1e-5, rtol=1e-4)  # draws of dropout
     np.testing.assert_allclose(weights, expected, atol=1e-6)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
-    p = Bernoulli(logits=logits[0]).probs.numpy()
+    p = Bernoulli(logits=logits[0]).probs.view(100, 5, 49).mean(0).numpy()
+    assert logits[0].view(100, 5, 49).std(0).max() > 1e-3
     np.testing.assert_allclose(rewards, p * 1 + (1 - p) * -0.1, atol=1e-6)
 
 

@@ -22,6 +22,7 @@ from typing import get_args, get_origin, get_type_hints
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
@@ -470,7 +471,7 @@ def joined(script, env_id):
     T = s.envs.meta_horizon
     data |= dict(logprobs=torch.randn(T, 4) - 1.5, values=torch.randn(T + 1, 4), advantages=torch.randn(T, 4))
     data |= dict(returns=torch.randn(T, 4), beliefs=torch.randn(T + 1, 4, sum(s.agent.belief_sizes.values())))
-    data |= dict(acted_on=data["next_obs"], hiddens=torch.randn(2, 4, s.args.hidden_dim))
+    data |= dict(read_obs=F.pad(data["next_obs"], (0, 1)), hiddens=torch.randn(2, 4, s.args.hidden_dim))
     batch |= dict(session_end=torch.rand(T, 4) < 0.3)
     batch["session_end"][-1] = True
     return s, data, batch

@@ -9,8 +9,8 @@
 
 protocol.py says what these return, and what else environments may have. It comes first in the order of imports: then
 check.py, the back ends (protocol.TensorEnvs, on the device; mujoco_batch.py; workers.py, processes), the families,
-`make_envs`. Beside them stand sessions.py, for families whose tasks change within an episode, and film.py, which draws
-MuJoCo's.
+`make_envs`. Beside them stand sessions.py, for families whose tasks change within an episode, extra.py, for more to
+observe, and film.py, which draws MuJoCo's.
 
 Your own environments: `--env-id package.module:factory` calls `factory(num_envs, split, seed, device)`, with `horizon`
 and `episodes_per_task` where the user sets them and it takes them. `seed` is the one that the run began with, whatever
@@ -72,6 +72,8 @@ def make_envs(
     device="cpu",
     reward_version="v2",
     split_rule="varibad",
+    control_cost="",
+    extra_obs="none",
     sessions=None,
     session_process=None,
     benchmark_seed=None,
@@ -81,6 +83,7 @@ def make_envs(
 
     env_id: a key of FAMILIES, ML1-<family>, ML10, ML45, or `package.module:factory` of the user's own.
     reward_version: of Meta-World; v2 or v1. split_rule: of the tasks in locomotion.py; varibad or ldm.
+    control_cost: of mujoco_batch.py; raw, clipped, or "" for the family's own. extra_obs: see extra.py.
     sessions, session_process: of environments with sessions; None, 0 and "" are the family's own.
     benchmark_seed: what the sets of tasks depend on in Meta-World and, maybe, in a user's own; None: the seed. All that
         are compared, and the splits of a run, need the same one.
@@ -94,17 +97,7 @@ def make_envs(
         if size < 1:
             raise BadInput(f"{name} must be at least 1, not {size}")
     own = ":" in env_id
-    if env_id in FAMILIES or own:
-        factory = _load(FAMILIES.get(env_id, env_id))
-    elif env_id.startswith("ML"):
-        from common.envs.metaworld import make_metaworld  # half a second to import: only who needs it pays
-
-        factory = partial(make_metaworld, env_id, reward_version=reward_version, benchmark_seed=benchmark_seed)
-    else:
-        known = [*FAMILIES, "ML1-<family>", "ML10", "ML45"]
-        nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise BadInput(f"unknown env_id {env_id!r}: known are {', '.join(known)}, or package.module:factory{hint}")
+    factory = _factory(env_id, reward_version=reward_version, benchmark_seed=benchmark_seed)
     with _blaming(env_id):
         splits, parameters = getattr(factory, "splits", SPLITS), inspect.signature(factory).parameters
         check_splits(splits)
@@ -116,14 +109,35 @@ def make_envs(
         options = {name: size for name, size in options.items() if name in parameters}
     if "split_rule" in parameters:
         options["split_rule"] = split_rule
-    for name, value in dict(sessions=sessions, session_process=session_process).items():
+    its = dict(sessions=(sessions, "sessions"), session_process=(session_process, "sessions"))
+    for name, (value, what) in (its | dict(control_cost=(control_cost, "control cost to choose"))).items():
         if value and name not in parameters:
-            raise BadInput(f"{name} {value}: {env_id} has no sessions")
+            raise BadInput(f"{name} {value}: {env_id} has no {what}")
         if value:
             options[name] = value
     if own:
-        return _own(env_id, factory, num_envs, split, benchmark_seed, device, options)
-    return factory(num_envs, split, seed, device, **options)
+        envs = _own(env_id, factory, num_envs, split, benchmark_seed, device, options)
+    else:
+        envs = factory(num_envs, split, seed, device, **options)
+    if extra_obs == "none":
+        return envs
+    from common.envs.extra import ExtraObs  # it needs torch, and worker processes do not
+
+    return ExtraObs(envs, extra_obs)
+
+
+def _factory(env_id, **rules):
+    """What makes env_id's environments; rules: of Meta-World."""
+    if env_id in FAMILIES or ":" in env_id:
+        return _load(FAMILIES.get(env_id, env_id))
+    if env_id.startswith("ML"):
+        from common.envs.metaworld import make_metaworld  # half a second to import: only who needs it pays
+
+        return partial(make_metaworld, env_id, **rules)
+    known = [*FAMILIES, "ML1-<family>", "ML10", "ML45"]
+    nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise BadInput(f"unknown env_id {env_id!r}: known are {', '.join(known)}, or package.module:factory{hint}")
 
 
 def _load(path):

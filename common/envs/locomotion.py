@@ -15,7 +15,8 @@ length and area, and directions each with the same probability. (VariBAD's code 
 and -1, for angles in radian; here they are forward and backward, as its text has them.)
 
 A step is five of MuJoCo's (mujoco_batch.py), 0.05 s. Velocities in rewards are (x' - x) / 0.05 s of the torso's
-position.
+position. The action a in a reward is the policy's, not clipped to [-1, 1] as what MuJoCo gets is: so it is in VariBAD's
+and in LDM's code. `control_cost` clipped has the other.
 
 The contact forces of the Ant (84 of AntGoal's 113 observations in VariBAD's code, and a cost of at most 0.042 a step)
 are left out: they are no part of the state, and since MuJoCo 2.0 zeros stand there unless one asks (VariBAD's Ant ran
@@ -74,6 +75,7 @@ class HalfCheetah(MujocoEnvs):
 class HalfCheetahVel(HalfCheetah):
     """task: a velocity v* in m/s (1). reward: -|v - v*| - 0.05 |a|^2."""
 
+    control_cost = "raw"
     sets = {
         "varibad": {"train": [(0, 3)], "test": [(0, 3)]},
         "ldm": {"train": [(0, 0.5), (3, 3.5)], "test": [(0.5, 3)]},
@@ -92,6 +94,7 @@ class HalfCheetahVel(HalfCheetah):
 class HalfCheetahDir(HalfCheetah):
     """task: +1 forward, -1 backward (1). reward: the velocity in that direction - 0.05 |a|^2."""
 
+    control_cost = "raw"
     sets = {"varibad": {"train": [-1, 1], "test": [-1, 1]}}
 
     def named(self, signs):
@@ -113,6 +116,7 @@ class AntDir(MujocoEnvs):
 
     xml = "ant.xml"
     obs_dim = 27
+    control_cost = "raw"
     sets = {
         "varibad": {"train": [0, 180], "test": [0, 180]},
         "ldm": {"train": [0, 90, 180, 270], "test": [45, 135, 225, 315]},
@@ -139,6 +143,7 @@ class AntGoal(MujocoEnvs):
 
     xml = "ant.xml"
     obs_dim = 29
+    control_cost = "raw"
     sets = {  # radii
         "varibad": {"train": [(0, 3)], "test": [(0, 3)]},
         "ldm": {"train": [(0, 1), (2.5, 3)], "test": [(1, 2.5)]},

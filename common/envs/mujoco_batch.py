@@ -29,7 +29,8 @@ class MujocoEnvs(TensorEnvs):
         named(set)       a set's evaluation tasks, name -> vector (G,)
         goals(u)         float64 (N, 2) in [0, 1) -> drawn tasks (N, G); here: one of the evaluation tasks
         observe(q, v)    positions (n, nq), velocities (n, nv) -> obs (n, S)
-        reward(q, new_q, a, task)    positions before and after, clipped actions, tasks (n, G) -> (n,)
+        reward(q, new_q, a, task)    positions before and after, actions (n, A), tasks (n, G) -> (n,)
+        control_cost     whose actions these are: raw, the policy's, or clipped, the ones that MuJoCo had
         healthy(q, v)    bool (n,), whether the episode goes on; None: always to its end
         healthy_reward   of each step after which it does
         models(rows)     a list, the model of each of `rows`, bool (N,); here the one that all share
@@ -39,14 +40,15 @@ class MujocoEnvs(TensorEnvs):
     and finds here, float64, time (N, 1), q (N, nq), v (N, nv), which are views of `state`, and the tasks, goal (N, G);
     and whose episode goes on: alive, bool (N,).
 
-    split_rule: varibad or ldm. num_threads: None means one a core; results do not depend on it.
-    Raises BadInput for a rule that the family does not have.
+    split_rule: varibad or ldm. control_cost: "" is the family's own. num_threads: None means one a core; results do not
+    depend on it. Raises BadInput for a rule that the family does not have.
     """
 
     joins = True
     healthy = None
     healthy_reward = 0
     frame_skip = 5
+    control_cost = "clipped"
     control_spec = mujoco.mjtState.mjSTATE_CTRL  # what `control` returns
 
     def __init__(
@@ -58,6 +60,7 @@ class MujocoEnvs(TensorEnvs):
         horizon=200,
         episodes_per_task=2,
         split_rule="varibad",
+        control_cost="",
         num_threads=None,
     ):
         super().__init__(num_envs, split, seed, device, horizon, episodes_per_task)
@@ -66,6 +69,7 @@ class MujocoEnvs(TensorEnvs):
             raise BadInput(f"unknown split rule {split_rule!r}: {name} has {' and '.join(self.sets)}")
         parts = self.sets[split_rule]
         chosen = parts.values() if split == "all" else [parts[split]]
+        self.control_cost = control_cost or self.control_cost
         self.set = sorted({x for part in chosen for x in part})
         self.same_splits = split_rule == "varibad"
         named = self.named(self.set)
@@ -119,7 +123,7 @@ class MujocoEnvs(TensorEnvs):
         self.elapsed += 1
         alive, reward = self.alive, np.zeros(self.num_envs)
         if alive.any():
-            reward[alive] = self.advance(alive, action.detach().clamp(-1, 1).double().cpu().numpy()[alive])
+            reward[alive] = self.advance(alive, action.detach().double().cpu().numpy()[alive])
         info = {"final_obs": self.tensor(self.observe(self.q, self.v))}
         terminated = self.false
         if self.healthy:
@@ -132,14 +136,14 @@ class MujocoEnvs(TensorEnvs):
         return obs, self.tensor(reward), terminated, self.true if ended else self.false, info
 
     def advance(self, rows, a):
-        """MuJoCo's steps where `rows`, bool (N,); a (n, A), clipped actions of these. Returns their rewards (n,)."""
-        q, goal = self.q[rows], self.goal[rows]
+        """MuJoCo's steps where `rows`, bool (N,); a (n, A), the policy's actions there. Returns their rewards (n,)."""
+        q, goal, clipped = self.q[rows], self.goal[rows], a.clip(-1, 1)
         states = np.empty((len(a), self.frame_skip, self.state.shape[1]))
         self.pool.rollout(
             self.models(rows),
             self.scratch,
             self.state[rows],
-            np.repeat(self.control(a, goal)[:, None], self.frame_skip, 1),  # (n, frame_skip, .)
+            np.repeat(self.control(clipped, goal)[:, None], self.frame_skip, 1),  # (n, frame_skip, .)
             control_spec=self.control_spec,
             skip_checks=True,  # they cost a tenth of the time
             nstep=self.frame_skip,
@@ -147,7 +151,7 @@ class MujocoEnvs(TensorEnvs):
             chunk_size=math.ceil(len(a) / len(self.scratch)),
         )
         self.state[rows] = states[:, -1]
-        return self.reward(q, self.q[rows], a, goal)
+        return self.reward(q, self.q[rows], a if self.control_cost == "raw" else clipped, goal)
 
     def tensor(self, array):
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
