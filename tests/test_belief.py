@@ -240,7 +240,9 @@ def loop_reconstruction(s, m, t, batch):
                 rewards.append(density.log_prob(density.mean).detach() - density.log_prob(r))
             if s.args.state_coef:
                 change = s.model.state_decoder(m[e, b][None, None], *x)[0, 0, 0]
-                states.append((obs + change - next_obs).square().mean())
+                norm = s.model.change_norm
+                mean, std = (norm.mean, norm.var.sqrt()) if s.args.standardise_inputs else (0, 1)
+                states.append(((next_obs - obs - mean) / std - change).square().mean())
     return sum(rewards) / len(rewards), sum(states) / max(1, len(states) - 1)
 
 
@@ -295,6 +297,7 @@ def test_elbo_equals_a_loop(script, case, window, monkeypatch):
     weights = {varibad: dict(kl_coef=0.3), dme: dict(beta_w=0.3, beta_y=0.7, beta_z=1.3)}[script]
     s = setup(script, standardise_inputs=True, **changes, **option, **weights)
     s.model.obs_norm.mean += 0.3
+    s.model.change_norm.update(1 + 3 * torch.randn(50, 2), torch.ones(50, dtype=torch.bool))
     batch, noise, randn_like = random_batch(s), [], torch.randn_like
     monkeypatch.setattr(torch, "randn_like", lambda x: noise.append(randn_like(x)) or noise[-1])
     loss, terms = script.elbo(s.model, batch, s.args)

@@ -13,6 +13,7 @@ from torch.distributions import Bernoulli, Dirichlet, Normal, kl_divergence
 import common.processes
 import common.run
 import ldm
+import varibad
 from common.envs import make_envs
 from tests.test_belief import check, gradients, signals  # noqa: F401
 from tests.test_scripts import TINY, command, metrics, resume_equals_straight, run
@@ -631,16 +632,16 @@ def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
     np.testing.assert_allclose(rewards, p * 1 + (1 - p) * -0.1, atol=1e-6)
 
 
-def test_oracle(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", [ldm, varibad])
+def test_oracle(script, tmp_path, monkeypatch):
     """--oracle trains on goals of every split, and on no others; the evaluation's splits stay what they are."""
-    made, rollout, splits = [], ldm.rollout, []
-    monkeypatch.setattr(ldm, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    made, rollout, splits = [], script.rollout, []
+    monkeypatch.setattr(script, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
     monkeypatch.setattr(common.run, "make_envs", lambda *a, **b: splits.append(a[2]) or make_envs(*a, **b))
-    monkeypatch.setattr(ldm, "draw_grid_belief", lambda *_: None)
-    end = run(ldm, tmp_path, "--oracle", eval_interval=0)
-    assert (
-        splits[0] == "all" and splits[-1] == "all" and {*splits[1:-1]} == {"train", "test"}
-    )  # the last is a picture's
+    monkeypatch.setattr(script, "draw_grid_belief", lambda *_: None)
+    end = run(script, tmp_path, "--env-id", "GridWorldLDM", "--oracle", eval_interval=0)
+    of_a_picture = [splits.pop()] if script is ldm else []
+    assert splits[0] == "all" and {*splits[1:]} == {"train", "test"} and of_a_picture in ([], ["all"])
     goals = torch.cat([data["task"] for data in made[: end["iteration"]]])  # evaluation comes after these
     assert set(goals.amax(1).int().tolist()) == {2, 3, 4, 5, 6}
     tasks = json.loads((tmp_path / "eval.json").read_text())["tasks"]

@@ -40,7 +40,7 @@ def theirs(env_id, task=()):
 
 
 def reward_by_hand(env_id, task, before, after, action, info):
-    """VariBAD's rewards from Gymnasium's positions, for one environment; action within the bounds."""
+    """VariBAD's rewards from Gymnasium's positions, for one environment."""
     vx, vy = (after[:2] - before[:2]) / 0.05
     effort = sum(float(a) ** 2 for a in action)
     if env_id == "HalfCheetahVel":
@@ -55,10 +55,15 @@ def reward_by_hand(env_id, task, before, after, action, info):
     return -abs(after[0] - task[0]) - abs(after[1] - task[1]) - 0.1 * effort
 
 
-@pytest.mark.parametrize("env_id, split", [*((env_id, "train") for env_id in IDS), ("HopperMass", "test")])
-def test_steps_of_gymnasium(env_id, split):
+@pytest.mark.parametrize(
+    "env_id, split, control_cost",
+    [(env_id, "train", cost) for env_id in IDS[:-1] for cost in ("", "clipped")]
+    + [("HalfCheetahVel", "test", "raw"), ("HopperMass", "train", ""), ("HopperMass", "test", "")],
+)
+def test_steps_of_gymnasium(env_id, split, control_cost):
     """From every state of random episodes: positions and velocities to 1e-12, observations, rewards, deaths."""
-    envs = make_envs(env_id, 4, split, seed=3, horizon=40, episodes_per_task=2)
+    envs = make_envs(env_id, 4, split, seed=3, horizon=40, episodes_per_task=2, control_cost=control_cost)
+    raw = control_cost == "raw" or (not control_cost and env_id != "HopperMass")  # in the reward: variBAD's and LDM's
     _, info = envs.reset()
     tasks, deaths, moved = info["task"].double().numpy(), 0, 0
     copies = [theirs(env_id, task) for task in tasks]
@@ -92,7 +97,10 @@ def test_steps_of_gymnasium(env_id, split):
                 "AntGoal": [*new_q[:2], *obs[:27]],
             }["HalfCheetah" if "Cheetah" in env_id else env_id]
             np.testing.assert_allclose(info["final_obs"][i], expected, rtol=1e-6, atol=1e-6)
-            by_hand = reward_by_hand(env_id, tasks[i], q[i], new_q, action, parts)
+            parts["reward_ctrl"] = (
+                env.control_cost(actions[i].numpy() if raw else action) * -1
+            )  # the step's was clipped
+            by_hand = reward_by_hand(env_id, tasks[i], q[i], new_q, actions[i] if raw else action, parts)
             assert rewards[i].item() == pytest.approx(by_hand, rel=1e-6, abs=1e-6)
             assert terminated[i].item() == (died and env_id in MORTAL)
             deaths += died and env_id in MORTAL
@@ -428,6 +436,9 @@ def test_resume(env_id):
         ("AntDirr", {}, ["AntDirr", "did you mean AntDir"]),
         ("HalfCheetahDir", dict(split_rule="ldm"), ["HalfCheetahDir", "'ldm'", "varibad"]),
         ("AntGoal", dict(split_rule="LDM"), ["AntGoal", "'LDM'", "varibad and ldm"]),
+        ("AntGoal", dict(control_cost="Raw"), ["AntGoal", "'Raw'", "raw and clipped"]),
+        ("HopperMass", dict(control_cost="raw"), ["HopperMass", "control_cost raw"]),
+        ("GridWorld", dict(control_cost="raw"), ["GridWorld", "control_cost raw"]),
         ("AntGoal", dict(split="eval"), ["'eval'", "train and test"]),
         ("AntGoal", dict(horizon=0), ["horizon", "0"]),
     ],

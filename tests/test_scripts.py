@@ -20,6 +20,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 
 import common.run
 import dme
@@ -392,6 +393,32 @@ def test_runs_folder(tmp_path, monkeypatch):
     assert re.fullmatch(r"GridWorld__varibad__5__\d{8}-\d{6}", folder.name) and (folder / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("words", [[], ["--eval-sample"]])
+def test_continuous_policies_are_evaluated_both_ways(words, tmp_path, monkeypatch):
+    """Most likely actions, and as split/sampled sampled ones: each task in each, under its own name; pictures and the
+    bar get the first. With --eval-sample sampled ones alone."""
+    played, rollout, drawn = [], varibad.rollout, []
+
+    def spy(envs, agent, model, args, blind, tasks=None, deterministic=False):
+        data = rollout(envs, agent, model, args, blind, tasks, deterministic)
+        if tasks:
+            data["episode_return"] = torch.rand(data["episode_return"].shape)
+            played.extend((deterministic, name, data["episode_return"][:, i].tolist()) for i, name in enumerate(tasks))
+        return data
+
+    monkeypatch.setattr(varibad, "rollout", spy)
+    monkeypatch.setattr(varibad, "draw_pictures", lambda *words: drawn.append(words[-1]))
+    run(varibad, tmp_path, "--env-id", "HalfCheetahVel", "--tbptt", "0", *words, eval_interval=0)
+    result = json.loads((tmp_path / "eval.json").read_text())
+    kinds = {"test": False} if words else {"test": True, "test/sampled": False}
+    assert result["tasks"].keys() == kinds.keys() and {kind for kind, *_ in played} == {*kinds.values()}
+    for split, kind in kinds.items():
+        theirs = {name: returned for deterministic, name, returned in reversed(played) if deterministic == kind}
+        assert {name: task["return"] for name, task in result["tasks"][split].items()} == theirs
+        assert result[f"eval/{split}/return_episode_1"] == pytest.approx(np.mean([r[0] for r in theirs.values()]))
+    assert drawn == [{"test": result["tasks"]["test"]}]
+
+
 @pytest.mark.parametrize("words", [["--num-envs", "5"], ["--num-envs", "25"], ["--eval-tasks", "6"], ["--eval-sample"]])
 def test_evaluation_covers_each_task_once(words, tmp_path, monkeypatch):
     """However many environments there are, and whatever is left over: each name once, or the first few; with the most
@@ -442,6 +469,32 @@ def recorded(script, monkeypatch):
     made, rollout = [], script.rollout
     monkeypatch.setattr(script, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
     return made
+
+
+@ALL
+def test_what_the_state_decoder_predicts(script, tmp_path, monkeypatch):
+    """Its target has the mean and deviation of all changes of state that were played, which a checkpoint keeps."""
+    made, env_id = recorded(script, monkeypatch), "Reacher" if script is dynamite_rl else "SparsePointRobot"
+    words = ["--standardise-inputs", "--tbptt", "0", "--ppo-windows", "1"][: 5 if script is ldm else 3]
+    end = run(script, tmp_path, "--env-id", env_id, "--state-coef", "1", *words)
+    changes = torch.cat([(data["next_obs"] - data["obs"]).flatten(0, 1) for data in made]).double()
+    norm = {name.split(".")[1]: x.double() for name, x in end["model"].items() if name.startswith("change_norm")}
+    torch.testing.assert_close(norm["mean"], changes.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(norm["std"], changes.std(0, correction=0).clamp(min=1e-3), atol=1e-5, rtol=1e-3)
+
+
+@ALL
+@pytest.mark.parametrize("gain", [1.0, 0.01])
+def test_first_actions(script, gain):
+    """--actor-gain scales a continuous policy's first mean action, whatever it sees."""
+    means = []
+    for actor_gain in (1.0, gain):
+        args = script.Args(**preset_of(script, "SparsePointRobot", cuda=True), actor_gain=actor_gain)
+        torch.manual_seed(0)
+        agent = script.Agent(args, 2, Box(-1, 1, (2,)), dict(m=4))
+        means.append(agent.act(torch.randn(9, 2), torch.randn(9, 4), deterministic=True))
+    torch.testing.assert_close(means[1], gain * means[0])
+    assert (means[0].abs() > 0.1).any()
 
 
 @ALL

@@ -47,7 +47,7 @@ class HopperMass(MujocoEnvs):
     def __init__(
         self, num_envs, split="train", seed=1, device="cpu", horizon=400, episodes_per_task=4, num_threads=None
     ):
-        super().__init__(num_envs, split, seed, device, horizon, episodes_per_task, "laser", num_threads)
+        super().__init__(num_envs, split, seed, device, horizon, episodes_per_task, "laser", num_threads=num_threads)
         self.copies = [copy.copy(self.model) for _ in range(num_envs)]  # self.model keeps the originals
 
     def named(self, intervals):

@@ -70,6 +70,8 @@ class MujocoEnvs(TensorEnvs):
         parts = self.sets[split_rule]
         chosen = parts.values() if split == "all" else [parts[split]]
         self.control_cost = control_cost or self.control_cost
+        if self.control_cost not in ("raw", "clipped"):
+            raise BadInput(f"unknown control cost {control_cost!r}: {name} has raw and clipped")
         self.set = sorted({x for part in chosen for x in part})
         self.same_splits = split_rule == "varibad"
         named = self.named(self.set)
