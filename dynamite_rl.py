@@ -51,8 +51,8 @@ Where this leaves the paper
     Session ends learn from the simulator's true ones, in training alone: the paper does not say how they could.
     Rollouts follow predictions, q(d = 1) > 1/2; where none is predicted, a rollout never conditions.
     (6) as printed would maximise the consistency penalty: it is subtracted. Of (7), lambda weighs the KL alone.
-    All sums of the loss are divided by the number of pairs of a belief and a transition that it decodes: so (4), the
-    KL and session ends weigh little in long sessions. (4) leaves out a session's belief before its first step.
+    Each sum of the loss is a mean, so that no weight depends on the length of sessions: as sums, (4) and the KL would
+    count less the longer they are. (4) leaves out a session's belief before its first step.
     The policy sees mean and log-variance, where Algorithm 3 acts on a drawn m; it is updated before the encoder.
     The reward's decoder sees s' as well: (m, s, a, s'), and on the alternating grid (m, s'). The state's gives s' - s.
     p(m' | m) is a small network; a session's first belief is its prediction (--boundary-belief initial: Algorithm 3).
@@ -150,9 +150,9 @@ class Belief:
     decoder_dropout: Dropout = 0.0  # dropout on the decoders' embeddings of s, a, s'
     reward_coef: AtLeast0 = 1.0  # weight of the reward's reconstruction
     state_coef: AtLeast0 = 0.0  # weight of the state's reconstruction; 0 = no state decoder
-    # Weight of the KL, the paper's lambda (ours: its (7) has lambda before the whole ELBO, where Adam would ignore it).
-    # The ELBO's terms are sums, as the paper's, over the number of pairs of a belief and a transition that it decodes.
-    kl_coef: AtLeast0 = 0.01
+    # Weight of the KL in the mean over beliefs; the paper's lambda, .01, weighs it beside the sum over a session, here
+    # of 100 steps (ours: its (7) has lambda before the whole ELBO, where Adam would ignore it).
+    kl_coef: AtLeast0 = 1e-4
     standardise_inputs: bool = True  # standardise what encoder and decoders read and, of states, predict (ours)
 
 
@@ -165,7 +165,7 @@ class DynaMITE:
     conditioning: bool = True
     session_reconstruction: bool = True  # (5); off: every belief decodes the whole meta-episode, as variBAD's
     consistency: bool = True  # (4)
-    consistency_coef: AtLeast0 = 0.5  # its weight, the paper's beta
+    consistency_coef: AtLeast0 = 0.03  # its weight; the paper's beta, .5, as of a mean in sessions of 15 steps
     consistency_detach: bool = False  # no gradient into a session's last belief from (4) (the paper does not say)
     termination_coef: AtLeast0 = 1.0  # weight of the loss of session ends (ours)
     oracle_terminations: bool = False  # the rollout's session ends are the true ones [paper's oracle]
@@ -548,26 +548,28 @@ def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
 
 
 def session_kl(s, args):
-    """(3): of every belief to its session's prior, or as --kl has it, (L + 1, J); and that to the prior."""
+    """(3): of each belief to its session's prior, or to the one before, (L + 1, J); which of them count; and that to
+    the prior."""
     to_prior = kl_gaussians(s.mean, s.logvar, *s.prior)
     if args.kl == "sequential":
         before = [torch.cat([p[None], y[:-1]]) for p, y in zip(s.prior, (s.mean, s.logvar))]
-        return kl_gaussians(s.mean, s.logvar, *before), to_prior
+        return kl_gaussians(s.mean, s.logvar, *before), s.real, to_prior
     if args.kl == "final-only":
-        return to_prior * (torch.arange(len(to_prior), device=to_prior.device).unsqueeze(-1) == s.length), to_prior
-    return to_prior, to_prior
+        last = torch.arange(len(to_prior), device=to_prior.device).unsqueeze(-1) == s.length
+        return to_prior, s.real & last, to_prior
+    return to_prior, s.real, to_prior
 
 
 def consistency(mean, logvar, length, args):
-    """(4): max(D_u+1 - D_u, 0), D_u the KL of belief u to its session's last; 0 for u = 0, which it leaves out.
+    """(4): max(D_u+1 - D_u, 0), D_u the KL of belief u to its session's last; u = 0 is left out.
 
-    mean, logvar (L + 1, J, Z), length (J,) -> (L + 1, J), row u + 1; garbage behind a session's last belief.
+    mean, logvar (L + 1, J, Z), length (J,) -> (L - 1, J), u = 1, 2, ...; garbage behind a session's last belief.
     """
     mean, logvar = mean[1:], logvar[1:]
     columns = torch.arange(len(length), device=mean.device)
     last = [x[length - 1, columns] for x in (mean, logvar)]
     d = kl_gaussians(mean, logvar, *([x.detach() for x in last] if args.consistency_detach else last))
-    return F.pad((d[1:] - d[:-1]).clamp(min=0), (0, 0, 2, 0))
+    return (d[1:] - d[:-1]).clamp(min=0)
 
 
 def termination_loss(logits, ended, rate, args):
@@ -635,22 +637,20 @@ def multihead_loss(logits, ahead, real, batch, cell, args):
 
 
 def elbo(model, batch, args):
-    """The negative of (6), over the number of pairs of a belief and a transition that it decodes.
+    """The negative of (6), each of its terms in the mean over what it counts: pairs of a belief and a transition that
+    it decodes, beliefs, steps of a session from one belief to the next, transitions.
 
     (5) is variBAD's ELBO with sessions in place of meta-episodes, and p(m' | m) in place of N(0, I).
     batch: obs, next_obs (T, B, S), actions (T, B, .), rewards, alive, session_end (T, B). Returns the loss and a dict
     of its terms.
     """
     s = session_beliefs(model, batch, args)
-    kl, to_prior = session_kl(s, args)
+    kl, counts, to_prior = session_kl(s, args)
     rise = consistency(s.mean, s.logvar, s.length, args)
     termination = termination_loss(s.logits, batch["session_end"][s.t, s.meta_episode], model.end_rate, args)
     # A meta-episode's last transition ends a session by definition: there is nothing to predict.
     known = s.alive & (s.t < len(batch["rewards"]) - 1)
-    decodable = s.alive.sum(0) if args.session_reconstruction else batch["alive"].sum(0)[s.meta_episode]
-    pairs = all_sum((s.real.sum(0) * decodable).sum()).clamp(min=1)
-    per_belief, per_transition = all_sum(s.real.sum()) / pairs, all_sum(known.sum()) / pairs
-    kl, rise, termination = average(kl, s.real), average(rise, s.real), average(termination, known)
+    kl, rise, termination = average(kl, counts), average(rise, s.alive[1:]), average(termination, known)
 
     u = torch.arange(len(s.mean), device=s.mean.device)[:, None].expand_as(s.real)
     mean, logvar, real, ahead = draw_posteriors(args, s.mean, s.logvar, s.real, u)
@@ -660,10 +660,10 @@ def elbo(model, batch, args):
     else:
         ahead, decoded = ahead + s.first, {name: x[:, s.meta_episode] for name, x in batch.items()}
     reward_loss, state_loss = reconstruction(model, m, ahead, real, decoded, args)
-    loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl * per_belief
-    loss = loss + args.termination_coef * termination * per_transition
+    loss = args.reward_coef * reward_loss + args.state_coef * state_loss + args.kl_coef * kl
+    loss = loss + args.termination_coef * termination
     if args.consistency:
-        loss = loss + args.consistency_coef * rise * per_belief
+        loss = loss + args.consistency_coef * rise
     terms = dict(loss=loss, reward=reward_loss, state=state_loss, kl=kl, consistency=rise, termination=termination)
     if model.prior:
         terms["kl_to_learnt_prior"] = average(to_prior[1:].detach(), s.alive & (s.first > 0))
@@ -1035,8 +1035,11 @@ PRESETS = {
     "GridWorldAlternating": dict(
         total_timesteps=10_000_000, num_envs=128, eval_interval=250, checkpoint_interval=250, learning_rate=1e-3,
         anneal_lr=True, time_limit="task", num_minibatches=8, ent_coef=0.03, belief_learning_rate=1e-3,
-        belief_anneal_lr=True, belief_updates=6, buffer_size=100_000, reward_decoder="mlp-next", kl_coef=0.03,
+        belief_anneal_lr=True, belief_updates=6, buffer_size=100_000, reward_decoder="mlp-next",
         standardise_inputs=False,
+        # Sums weighed .03, .5 and 1 beside that of the 16 x 15 pairs of a session have, as means of its 16 beliefs, 14
+        # steps between them and 59 / 4 transitions, these weights.
+        kl_coef=0.03 * 16 / 240, consistency_coef=0.5 * 14 / 240, termination_coef=59 / 4 / 240,
     ),
     "Reacher": SESSIONS,
     "HalfCheetahDirSessions": SESSIONS,

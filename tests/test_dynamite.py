@@ -83,7 +83,7 @@ def loop(s, batch, ends):
     model, args, encoder = s.model, s.args, s.model.encoder
     T, B = batch["rewards"].shape
     zero, unit = torch.zeros(args.hidden_dim), Normal(torch.zeros(3), torch.ones(3))
-    sums = dict(reward=0, kl=0, consistency=0, termination=0, pairs=0, in_session=0, beliefs=0, known=0)
+    sums = dict(reward=0, kl=0, consistency=0, termination=0, pairs=0, kls=0, steps=0, known=0)
 
     def heads(hidden):
         mean, logvar = model.heads(hidden).split(3, -1)
@@ -139,16 +139,13 @@ def loop(s, batch, ends):
         for (k, q, counts, start), (_, before) in zip(beliefs, chain):
             if not counts:
                 continue
-            sums["beliefs"] += 1
-            if args.kl == "sequential":
-                sums["kl"] += kl(q, before)
-            elif args.kl == "session" or (q is last[k] and q is not beliefs[0][1]):
-                sums["kl"] += kl(q, priors[k])
+            if args.kl != "final-only" or (q is last[k] and q is not beliefs[0][1]):
+                sums["kls"] += 1
+                sums["kl"] += kl(q, before if args.kl == "sequential" else priors[k])
             m = q.mean + q.stddev  # the noise is 1
             for i in range(T):
                 if not alive[i] or (number[i] != k and args.session_reconstruction):
                     continue
-                sums["in_session"] += 1
                 if args.decode_window == "all" or i >= start:
                     y = [model.reward_decoder.embed_state(next_obs[i])]
                     if args.reward_decoder == "mlp":
@@ -162,6 +159,7 @@ def loop(s, batch, ends):
             if args.consistency_detach:
                 final = Normal(final.mean.detach(), final.stddev.detach())
             for (q, _), (after, counts) in zip(posteriors, posteriors[1:]):
+                sums["steps"] += counts
                 sums["consistency"] += counts * (kl(after, final) - kl(q, final)).clamp(min=0)
     return sums
 
@@ -184,7 +182,7 @@ CASES = [
 @pytest.mark.parametrize("changes", CASES, ids=lambda changes: " ".join(changes) or "default")
 def test_elbo_equals_a_loop(changes, monkeypatch):
     """Value, terms and gradients, over sessions of uneven length, some steps of them idle."""
-    s = setup(**changes, kl_coef=0.5, consistency_coef=1.5, termination_coef=1.0)
+    s = setup(**changes, kl_coef=0.5, consistency_coef=1.5, termination_coef=0.7)
     shake(s)
     batch = stored(s)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
@@ -195,13 +193,13 @@ def test_elbo_equals_a_loop(changes, monkeypatch):
     assert torch.equal(found[0], batch["session_end"]) != predicted
     assert not predicted or 3 < found[0][:-1].sum() < 41
     sums = loop(s, batch, found[0])
-    expected = dict(reward=sums["reward"] / sums["pairs"], kl=sums["kl"] / sums["beliefs"])
-    expected |= dict(consistency=sums["consistency"] / sums["beliefs"], termination=sums["termination"] / sums["known"])
+    counts = dict(reward="pairs", kl="kls", consistency="steps", termination="known")
+    expected = {name: sums[name] / sums[count] for name, count in counts.items()}
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, atol=1e-5, rtol=1e-4)
         assert value > 1e-3, name
-    total = 0.5 * sums["kl"] + 1.5 * sums["consistency"] * s.args.consistency + sums["termination"]
-    total = expected["reward"] + total / sums["in_session"]
+    total = expected["reward"] + 0.5 * expected["kl"] + 0.7 * expected["termination"]
+    total = total + 1.5 * expected["consistency"] * s.args.consistency
     torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-4)
     ours, theirs = gradients(loss, s.model), gradients(total, s.model)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
@@ -210,10 +208,8 @@ def test_elbo_equals_a_loop(changes, monkeypatch):
 
 def test_all_off_is_varibad(monkeypatch):
     """Without the three changes, the sequential KL and variBAD's inputs: its loss, its terms and its gradients."""
-    s, theirs = setup(**VARIBAD, kl_coef=1.2), setup(script=varibad)
+    s, theirs = setup(**VARIBAD, kl_coef=1.2), setup(script=varibad, kl_coef=1.2)
     batch = stored(s)
-    steps = batch["alive"].sum(0)
-    theirs.args.kl_coef = 1.2 * ((steps + 1).sum() / ((steps + 1) * steps).sum()).item()  # theirs is a mean
     missing, unexpected = s.model.load_state_dict(theirs.model.state_dict(), strict=False)
     assert not unexpected and {name.split(".")[0] for name in missing} == {"termination"}
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
@@ -250,34 +246,51 @@ def test_worked_vector():
     the sum of (4) is 2.5, whatever the first beliefs are."""
     mean = torch.tensor([[100.0, 0.0, -1.0, 2.0], [-50.0, 0.5, 0.0, -1.0]]).T.unsqueeze(-1)  # (L + 1, J, Z)
     rise = dynamite_rl.consistency(mean, torch.zeros_like(mean), torch.tensor([3, 3]), dynamite_rl.Args())
-    torch.testing.assert_close(rise, torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.5, 0.0], [0.0, 0.0]]))
+    torch.testing.assert_close(rise, torch.tensor([[2.5, 0.0], [0.0, 0.0]]))
     ends = torch.tensor([[False, False, True, False, False, True]]).T
     first, length, column, longest = dynamite_rl.split_sessions(ends)
     assert (first.tolist(), length.tolist(), column.tolist(), longest) == ([0, 3], [3, 3], [0, 0], 3)
 
 
-@pytest.mark.parametrize(
-    "changes, pairs",
-    [
-        (dict(session_process="fixed"), 4 * 16 * 15),
-        (dict(session_process="fixed", session_reconstruction=False), 4 * 16 * 60),
-        (dict(sessions=1), 61 * 60),
-        (dict(sessions=6), None),
-    ],
-)
-def test_presets_weights(changes, pairs):
-    """However sessions lie: the paper's sums, 1 R + 0.01 KL + 0.5 C + T, over the number of pairs."""
-    s = setup(horizon=60, kl_coef=dynamite_rl.Args.kl_coef, **changes)
+@pytest.mark.parametrize("no", ["", "conditioning", "consistency"])
+def test_preset_weighs_sums(no):
+    """On the grid's sessions of 15 steps: sums weighed as Table 2's, R + .03 KL + .5 C + T, over the number of pairs;
+    without p(m' | m) there are 3 beliefs less, which moves the weight of the ends by 1 / 64."""
+    preset = {name: value for name, value in dynamite_rl.PRESETS["GridWorldAlternating"].items() if "_coef" in name}
+    s = setup(horizon=60, session_process="fixed", **preset, **{no: False} if no else {})
     data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
     batch = {name: data[name][:, :2] for name in dynamite_rl.Buffer.NAMES}
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch, "randn_like", torch.ones_like)
         loss, _ = dynamite_rl.elbo(s.model, batch, s.args)
         sums = loop(s, batch, batch["session_end"])
-    assert sums["pairs"] == 2 * pairs if pairs else 2 * 60 * 2 < sums["pairs"] < 2 * 61 * 60
-    assert sums["known"] == 2 * 59
-    total = sums["reward"] + 0.01 * sums["kl"] + 0.5 * sums["consistency"] + sums["termination"]
+    assert sums["pairs"] == 2 * 15 * (61 if no == "conditioning" else 64) and sums["known"] == 2 * 59
+    few = 61 / 64 if no == "conditioning" else 1
+    total = (
+        sums["reward"]
+        + 0.03 * sums["kl"]
+        + few * (sums["termination"] + 0.5 * sums["consistency"] * (few < 1 or not no))
+    )
     torch.testing.assert_close(loss, total / sums["pairs"], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [dict(decode_window="future"), dict(kl="final-only"), {}], ids=str)
+def test_weights_do_not_depend_on_lengths(changes, monkeypatch):
+    """Where each step of a session is as the last, a term of the loss is the same on 4 steps and on 12."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    found = []
+    for steps in (4, 12):
+        s = setup(horizon=steps, sessions=1, conditioning=False, **changes)
+        s.model.encoder.gru.weight_hh_l0.zero_(), s.model.heads.bias.normal_(generator=torch.Generator().manual_seed(1))
+        s.model.heads.weight.zero_(), s.model.termination.weight.zero_()
+        zeros = {name: torch.zeros_like(x) for name, x in stored(s).items()}
+        zeros["alive"], zeros["session_end"][-1] = torch.ones_like(zeros["alive"]), True
+        found.append(dynamite_rl.elbo(s.model, zeros, s.args)[1])
+    for name in ("reward", "kl", "termination"):
+        torch.testing.assert_close(found[0][name], found[1][name])
+        assert found[0][name] > 0.01
+    torch.testing.assert_close(found[0]["loss"], found[1]["loss"])
 
 
 def test_conditions_carry_no_gradient():
@@ -372,25 +385,31 @@ def test_rollout_is_algorithm_3(boundary_belief, changes):
         torch.testing.assert_close(data["beliefs"][12, n], belief[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("predicted", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
 @torch.no_grad()
-def test_loss_and_rollout_agree():
-    """With true ends in both, the loss's beliefs are those on which the policy acted."""
-    s, seen = setup(oracle_terminations=True), []
+def test_loss_and_rollout_agree(reset, predicted):
+    """With true ends in both, or those predicted, the loss's beliefs are those on which the policy acted."""
+    ends = dict(train_boundaries="pred") if predicted else dict(oracle_terminations=True)
+    s, seen = setup(reset_hidden_at_session=reset, **ends), []
+    shake(s)
     data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
+    if predicted:
+        data["predicted_end"][-1] = True
     with pytest.MonkeyPatch.context() as patch:
         draw = dynamite_rl.draw_posteriors
         patch.setattr(dynamite_rl, "draw_posteriors", lambda *a: seen.append(a[1:4]) or draw(*a))
         dynamite_rl.elbo(s.model, {name: data[name] for name in dynamite_rl.Buffer.NAMES}, s.args)
-    (mean, logvar, real), j = seen[0], 0
+    (mean, logvar, real), j, used = seen[0], 0, data["predicted_end" if predicted else "session_end"]
     for n in range(5):
-        starts = [0, *(data["session_end"][:, n].nonzero()[:, 0] + 1).tolist()]
+        starts = [0, *(used[:, n].nonzero()[:, 0] + 1).tolist()]
         for first, after in zip(starts, starts[1:]):
             length = after - first
             belief = torch.cat([mean, logvar], -1)[:length, j]  # the last one is not acted upon
             torch.testing.assert_close(belief, data["beliefs"][first:after, n], atol=1e-5, rtol=1e-4)
             assert real[: length + 1, j].all() and not real[length + 1 :, j].any()
             j += 1
-    assert j == mean.shape[1] == data["session_end"].sum()
+    assert j == mean.shape[1] == used.sum()
 
 
 def test_terminations_and_returns_of_sessions():
