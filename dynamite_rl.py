@@ -207,6 +207,10 @@ def check_args(args):
             f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}",
         ),
         (min(args.encoder_layers, default=1) < 1, f"--encoder-layers {args.encoder_layers}: sizes are positive"),
+        (
+            args.tbptt and args.reset_hidden_at_session,
+            f"--tbptt {args.tbptt} has no windows in sessions that start anew: leave out --reset-hidden-at-session",
+        ),
     )
 
 

@@ -266,11 +266,8 @@ def test_preset_weighs_sums(no):
         sums = loop(s, batch, batch["session_end"])
     assert sums["pairs"] == 2 * 15 * (61 if no == "conditioning" else 64) and sums["known"] == 2 * 59
     few = 61 / 64 if no == "conditioning" else 1
-    total = (
-        sums["reward"]
-        + 0.03 * sums["kl"]
-        + few * (sums["termination"] + 0.5 * sums["consistency"] * (few < 1 or not no))
-    )
+    total = few * (sums["termination"] + 0.5 * sums["consistency"] * s.args.consistency)
+    total = total + sums["reward"] + 0.03 * sums["kl"]
     torch.testing.assert_close(loss, total / sums["pairs"], rtol=1e-4, atol=1e-6)
 
 
@@ -487,6 +484,7 @@ def test_resume(words, tmp_path):
     "words, named",
     [
         ("--encoder-layers 8 0", "--encoder-layers"),
+        ("--tbptt 5 --reset-hidden-at-session", "--tbptt"),
         ("--prior-layers 0", "--prior-layers"),
         ("--logvar-min 1", "--logvar-min"),
         ("--consistency-coef -1", "--consistency-coef"),
