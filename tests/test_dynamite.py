@@ -465,6 +465,24 @@ def test_ppo_losses():
     assert norms[0] == pytest.approx([1e-6, 1e-6], rel=1e-2) and sum(norms[1]) == pytest.approx(1e-6, rel=1e-2)
 
 
+def test_dead_entries_of_a_belief_stay_small():
+    """What the policy reads of a latent that moves by a thousandth, and of one that moves by one."""
+    s, beliefs = setup(), torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
+    beliefs[:, 2:4] *= 1e-3
+    s.agent.belief_norm.update(beliefs, torch.ones(1000, dtype=torch.bool))
+    std = s.agent.embed(torch.zeros(1000, 6), beliefs)[:, 6:].std(0)
+    assert (std[2:4] < 0.1).all() and (std[[0, 1, 4, 5]] > 0.9).all()
+
+
+def test_presets_learn_beliefs_alike():
+    """Steps of the environments for each update of the belief model: with a GPU as many as without."""
+    steps = dict.fromkeys(dynamite_rl.SMALL, 400) | dict(ScratchItch=200)
+    for env_id, small in dynamite_rl.SMALL.items():
+        preset = dynamite_rl.PRESETS[env_id]
+        rates = [p["num_envs"] * steps[env_id] / p["belief_updates"] for p in (preset, preset | small)]
+        assert rates == [1600, 1600], env_id
+
+
 # ---------- Runs ----------
 
 

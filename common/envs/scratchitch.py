@@ -4,7 +4,9 @@ The environment of DynaMITE-RL (2024, appendix D.3), which adds sessions to a ta
 2020). That one runs on PyBullet; this is our own model of it, in scratchitch.xml, out of primitive shapes: kinematics,
 observations and rewards agree, motions nearly (tests/test_scratchitch.py has the numbers), contacts only in kind. A
 Jaco arm with seven joints stands beside a wheelchair with a tool in its hand; a man or a woman (drawn with each task)
-sits in it, with the right arm held out, which gives way when pushed. Nothing has weight. A step takes 0.1 s.
+sits in it, with the right arm held out, which gives way when pushed. Nothing has weight. A step takes 0.1 s. The
+person has none of the impairments that Assistive Gym draws for each episode: a tremor, weak muscles, joints that move
+less.
 
     context    x in [0, 1], the place of the itch along the right arm, from the shoulder to the wrist:
                x = 0.5 + sin(0.2 i), clipped (ours: the formula leaves the arm), i the number of the session. Four
