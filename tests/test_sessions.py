@@ -17,6 +17,7 @@ from common.envs import BadInput, make_envs
 from common.envs.gridworld import GridWorldAlternating
 from common.envs.locomotion_sessions import HalfCheetahDirSessions, Reacher
 from common.envs.sessions import session_ends, two_contexts
+from tests.floors import floors
 from tests.test_scripts import main, resume_equals_straight
 
 MUJOCO = ["Reacher", "HalfCheetahDirSessions", "HalfCheetahVelSessions", "HalfCheetahWindVelSessions"]
@@ -559,3 +560,35 @@ def test_trivial_policies(make, zero, uniform):
             envs.reset()
             returns = sum(envs.step(scale / 1.5 * action)[1] for action in random_actions(envs))
             assert returns.mean().item() == pytest.approx(expected[0], abs=expected[1])
+
+
+@pytest.mark.parametrize("sessions, one, timed", [(4, -112.9, -10.3), (20, -252.1, -42.4)])
+def test_floors_of_the_cheetah(sessions, one, timed):
+    """The best velocity of all, against a search by the environment's own rewards, and the best of each step, against
+    medians: what it would pay to be there at once, whatever is believed."""
+    found = floors("HalfCheetahVelSessions", sessions)
+    assert found == pytest.approx({"one place": one, "by the time": timed}, abs=0.5)
+    envs = make_envs("HalfCheetahVelSessions", 25, "test", sessions=sessions)
+    envs.reset(envs.tasks)
+    goals, returns = envs.contexts.flatten(0, 1).numpy(), []
+    for velocity in np.arange(0, 3, 0.05):
+        q, a = np.zeros((len(goals), envs.model.nq)), np.zeros((len(goals), 6))
+        new_q = q.copy()
+        new_q[:, 0] = velocity * envs.dt
+        returns.append(envs.reward(q, new_q, a, goals).sum() / 25)
+    assert max(returns) - 2 < found["one place"] < max(returns) + 0.5
+    draws = make_envs("HalfCheetahVelSessions", 300, sessions=sessions)
+    draws.reset()
+    medians = draws.contexts.median(1).values
+    assert -(envs.contexts - medians[:, None]).abs().sum((0, 2)).mean() == pytest.approx(found["by the time"], abs=0.5)
+
+
+def test_floors_of_reacher():
+    """A fingertip at the best place of all, and at the best of each step's goals, both by search."""
+    found, envs = floors("Reacher"), make_envs("Reacher", 25, "test")
+    envs.reset(envs.tasks)
+    places = torch.cartesian_prod(*[torch.arange(-0.2, 0.2, 0.01).double()] * 2)
+    distances = (envs.contexts[:, None] - places[:, None]).norm(dim=-1).mean(-1)  # (T, places)
+    assert -distances.sum(0).min() - 1 < found["one place"] < -distances.sum(0).min() + 0.1
+    # Who knows the evaluation's goals is ahead of who knows those of the training.
+    assert -distances.min(1).values.sum() - 4 < found["by the time"] < -distances.min(1).values.sum() + 0.1
