@@ -29,7 +29,7 @@ Where this leaves the paper
     first state, encoder and decoders the true successor; credit and belief go on. PPO comes before the belief's update.
     (4) decodes what is still to come after t transitions, as Algorithm 1 counts; all of the meta-episode's, not T's.
     Virtual tasks: --virtual policy (default, SDVT's): new meta-episodes are played under decoded rewards, and not
-    stored; elbo: decoded rewards in the ELBO's batches, for the posterior too (Algorithm 1: in L_reward alone).
+    stored; elbo (Algorithm 1): decoded rewards in L_reward alone; relabel (ours): for a batch's posterior, too.
     (9) is an expectation under q(y | w, z) (--hard-y); the policy sees log sigma_z^2 (--policy-z var) and probabilities
     of y (--policy-y argmax), in evaluation the means of w and z. (14) is --value-loss mse; default is variBAD's.
     beta_w and beta_y are ours: at beta_w 1, KL_w goes to 0. The first belief is the heads' (--initial-belief prior).
@@ -131,9 +131,10 @@ class DME:
     decode_window: Literal["all", "future", "episode"] = "future"
     num_components: Count = 5  # components of the mixture (C)
     component_layers: Layers = (256,)  # hidden layers (ReLU) of the network from w to means and variances
-    static_prior: bool = False  # ablation: components do not depend on w, as SDVT's; w is noise then: --no-policy-w too
+    static_prior: bool = False  # ablation: components do not depend on w, as SDVT's; implies --no-policy-w: w is noise
     no_policy_w: tyro.conf.FlagCreatePairsOff[bool] = False  # ablation [paper, Figure 4]: the policy does not see w
     beta_w: AtLeast0 = 0.1  # weight of the KL of w (7); at 1 that KL goes to 0: w is dead
+    chain_w: bool = False  # KL of w to the posterior before, as variBAD's, not to N(0, I) (7): old news is free (ours)
     beta_y: AtLeast0 = 0.05  # weight of the KL of y (8)
     beta_z: AtLeast0 = 1.0  # weight of the KL of z (9); each term of the ELBO is a mean over B, posteriors, transitions
     hard_y: bool = False  # (9) under the most probable y; default is its expectation under q(y | w, z)
@@ -143,11 +144,10 @@ class DME:
     # The belief at step 0: the heads on the encoder's zero state, or a draw from the prior [paper, Algorithm 1].
     initial_belief: Literal["heads", "prior"] = "heads"
     # Virtual tasks: whole meta-episodes with decoded rewards for the policy (SDVT; the paper's section 4.2), decoded
-    # rewards in the ELBO's batches (the paper's Algorithm 1), or both.
-    virtual: Literal["off", "policy", "elbo", "both"] = "policy"
-    virtual_rate: Fraction = (
-        0.125  # the paper's gamma, of iterations or batches: rises [paper], linearly, from 0, to this
-    )
+    # rewards in the ELBO's (6) alone [paper, Algorithm 1], both, or for a batch's encoder, too (relabel, ours).
+    virtual: Literal["off", "policy", "elbo", "both", "relabel"] = "policy"
+    virtual_y: Literal["uniform", "usage"] = "uniform"  # their y: uniform [paper], or as often as met so far (SDVT)
+    virtual_rate: Fraction = 0.125  # gamma, of iterations or batches: rises [paper], linearly, from 0, to this
     virtual_low: float = 0.0  # lower bound of virtual rewards: Meta-World's lie in [0, 10]
     virtual_high: float = 10.0  # their upper bound
 
@@ -348,9 +348,10 @@ class BeliefModel(nn.Module):
         elif np.isfinite(space.low).all() and np.isfinite(space.high).all():
             self.register_buffer("low", torch.as_tensor(space.low))
             self.register_buffer("high", torch.as_tensor(space.high))
+        self.usage = RunningNorm(args.num_components)  # its mean: of q(y) in training
         # What the policy sees: mean and scale of z, w (a sample, or its mean), and y.
         self.belief_sizes = dict(z=2 * args.latent_dim, w=args.latent_dim, y=args.num_components)
-        if args.no_policy_w:
+        if args.no_policy_w or args.static_prior:
             del self.belief_sizes["w"]
 
     def parts(self):
@@ -385,17 +386,22 @@ class BeliefModel(nn.Module):
         mean, raw = out.unflatten(-1, (self.args.num_components, -1)).chunk(2, -1)
         return mean, (F.softplus(raw) + 1e-4).log()  # the floor keeps (3) from saturating
 
-    def prior(self, n):
-        """n draws: w ~ N(0, I) (n, Z), one-hot y ~ Cat(1 / C) (n, C), mean and log-variance of p(z | w, y) (n, Z)."""
+    def prior(self, n, usage=None):
+        """n draws: w ~ N(0, I) (n, Z), one-hot y ~ Cat(1 / C) (n, C), mean and log-variance of p(z | w, y) (n, Z).
+
+        usage (C,): y in proportion to it in place of 1 / C.
+        """
         w = torch.randn(n, self.args.latent_dim, device=self.heads.weight.device)
         mean, logvar = self.components(w)  # (n, C, Z)
-        component = torch.randint(mean.shape[1], (n,), device=w.device)
+        usage = mean.new_ones(mean.shape[1]) if usage is None else usage
+        component = usage.multinomial(n, replacement=True)
         rows = torch.arange(n, device=w.device)
         return w, F.one_hot(component, mean.shape[1]).float(), mean[rows, component], logvar[rows, component]
 
     def virtual_tasks(self, n):
-        """z of n tasks drawn from the prior: (n, Z)."""
-        return gaussian(*self.prior(n)[2:])
+        """z of n tasks drawn from the prior, y by its usage, if so chosen: (n, Z)."""
+        usage = self.usage.mean + 1e-6 if self.args.virtual_y == "usage" else None  # uniform before the first
+        return gaussian(*self.prior(n, usage)[2:])
 
     def belief(self, hidden, deterministic=False):
         """What the policy sees, the parts of `belief_sizes` side by side: hidden (N, D) -> (N, .)."""
@@ -486,45 +492,59 @@ def multihead_loss(logits, t, real, batch, cell, args):
     return loss.sum() / all_sum(visits.sum()).clamp(min=1)
 
 
-def elbo(model, batch, args):
+def elbo(model, batch, args, virtual=None):
     """The negative ELBO (10), its terms means over the batch, the posteriors t = 0..T and the transitions each decodes.
 
-    batch: obs, next_obs (T, B, S), actions (T, B, .), rewards, alive (T, B). Returns the loss and a dict of its terms.
+    batch: obs, next_obs (T, B, S), actions (T, B, .), rewards, alive (T, B). virtual (T, B): rewards for z to decode in
+    place of the batch's (Algorithm 1). Returns the loss and a dict of its terms.
     """
     posterior = model.posterior(model.hiddens(batch, args.tbptt))  # (T + 1, B, Z) each
     real = torch.cat([torch.ones_like(batch["alive"][:1]), batch["alive"]])  # not after a step of an idle environment
     t = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
-    w_mean, w_logvar, z_mean, z_logvar, t, real = draw_posteriors(args, *posterior, t, real)
+    # (7) to N(0, I); chained, each posterior is the next one's prior, the first one's is N(0, I)
+    before = [torch.cat([torch.zeros_like(x[:1]), x[:-1] * args.chain_w]) for x in posterior[:2]]
+    kl_w = kl_gaussians(*posterior[:2], *before)
+    w_mean, w_logvar, z_mean, z_logvar, kl_w, t, real = draw_posteriors(args, *posterior, kl_w, t, real)
     w, z = gaussian(w_mean, w_logvar), gaussian(z_mean, z_logvar)  # (E, B, Z)
     mean, logvar = model.components(w)  # (E, B, C, Z)
     log_y = cluster_posterior(z, mean, logvar)  # (E, B, C)
     y = log_y.exp()
-    reward_loss, state_loss = reconstruction(model, z, t, real, batch, args)  # (6), (5)
-    kl_w = average(kl_gaussians(w_mean, w_logvar, torch.zeros_like(w), torch.zeros_like(w)), real)  # (7)
+    decoded = batch if virtual is None else batch | dict(rewards=virtual)
+    reward_loss, state_loss = reconstruction(model, z, t, real, decoded, args)  # (6), (5)
+    kl_w = average(kl_w, real)
     kl_y = average(math.log(args.num_components) + (y * log_y).sum(-1), real)  # (8)
     kl_z = kl_gaussians(z_mean.unsqueeze(-2), z_logvar.unsqueeze(-2), mean, logvar)  # to each component: (E, B, C)
     weight = F.one_hot(y.argmax(-1), args.num_components) if args.hard_y else y
     kl_z = average((weight * kl_z).sum(-1), real)  # (9)
     loss = args.state_coef * state_loss + args.reward_coef * reward_loss
     loss = loss + args.beta_w * kl_w + args.beta_y * kl_y + args.beta_z * kl_z  # (10)
-    terms = dict(loss=loss, reward=reward_loss, state=state_loss, kl_w=kl_w, kl_y=kl_y, kl_z=kl_z)
-    return loss, terms | signs_of_life(w_mean, mean, log_y)
+    return loss, dict(loss=loss, reward=reward_loss, state=state_loss, kl_w=kl_w, kl_y=kl_y, kl_z=kl_z)
 
 
 @torch.no_grad()
-def signs_of_life(w_mean, mean, log_y):
-    """Whether the mixture lives: scalars by name, out of w_mean (E, B, Z), mean (E, B, C, Z), log_y (E, B, C)."""
-    y = log_y.exp()
-    usage = y.mean((0, 1))
+def signs_of_life(model, batch, draws=64):
+    """Whether the mixture lives: scalars by name, over contexts, a batch's histories up to every (T / 8)-th step.
+
+    y_information: I(y; context) in nats, 0 .. log C, entropy of the usage of y less y_entropy, the mean one of
+    q(y | context), which averages (3) over w and z: their noise is no information. w_signal: deviation of w's mean over
+    contexts / its posterior deviation. movement: of the components' means over contexts, w at its mean; spread: of
+    these means over components.
+    """
+    every = max(1, len(batch["alive"]) // 8)
+    real = torch.cat([torch.ones_like(batch["alive"][:1]), batch["alive"]])[::every]
+    w_mean, w_logvar, z_mean, z_logvar = (x[real] for x in model.posterior(model.hiddens(batch)[::every]))  # (n, Z)
+    w, z = gaussian(w_mean.expand(draws, -1, -1), w_logvar), gaussian(z_mean.expand(draws, -1, -1), z_logvar)
+    y = cluster_posterior(z, *model.components(w)).exp().mean(0)  # (n, C)
+    means = model.components(w_mean)[0]  # (n, C, Z)
+    y_entropy = torch.special.entr(y).sum(-1).mean()
     signs = dict(
-        clusters_used=(-(usage * usage.clamp(min=1e-12).log()).sum()).exp(),  # 1 .. C
-        y_entropy=-(y * log_y).sum(-1).mean(),
-        y_max=y.max(-1).values.mean(),
-        w_mean_std=w_mean.flatten(0, 1).std(0, correction=0).mean(),
-        component_movement=mean.flatten(0, 1).std(0, correction=0).mean(),  # of each component, with w
-        component_spread=mean.std(-2, correction=0).mean(),  # of the components, at one w
+        y_information=torch.special.entr(y.mean(0)).sum() - y_entropy,
+        y_entropy=y_entropy,
+        w_signal=(w_mean.std(0, correction=0) / (0.5 * w_logvar).exp().mean(0)).mean(),
+        movement=means.std(0, correction=0).mean(),
+        spread=means.std(1, correction=0).mean(),
     )
-    return {name: sign / ranks() for name, sign in signs.items()}  # the mean over processes, once summed
+    return {f"mixture_{name}": sign / ranks() for name, sign in signs.items()}  # the mean over processes, once summed
 
 
 def decoded_reward(model, z, obs, action, next_obs, args):
@@ -554,14 +574,16 @@ def draw_posteriors(args, *tensors):
 def update_belief(model, optimizer, buffer, virtual_rate, args):
     """One gradient step on a batch of stored meta-episodes. Returns the loss's terms, detached.
 
-    With probability `virtual_rate` (gamma of Algorithm 1) the batch's rewards are those of tasks drawn from the prior.
+    With probability `virtual_rate` (gamma of Algorithm 1) rewards are those of tasks drawn from the prior: for the
+    decoder, with --virtual relabel for the encoder, too.
     """
-    batch = buffer.sample(share(args.belief_batch))
-    if args.virtual in ("elbo", "both") and torch.rand(()) < virtual_rate:
+    batch, virtual = buffer.sample(share(args.belief_batch)), None
+    if args.virtual in ("elbo", "both", "relabel") and torch.rand(()) < virtual_rate:
         with torch.no_grad():
             z = model.virtual_tasks(share(args.belief_batch))
-            batch["rewards"] = decoded_reward(model, z, batch["obs"], batch["actions"], batch["next_obs"], args)
-    loss, terms = elbo(model, batch, args)
+            virtual = decoded_reward(model, z, batch["obs"], batch["actions"], batch["next_obs"], args)
+        batch |= dict(rewards=virtual) if args.virtual == "relabel" else {}
+    loss, terms = elbo(model, batch, args, virtual)
     descend(optimizer, loss, model.parts(), args.belief_max_grad_norm, "belief")
     return {name: term.detach() for name, term in terms.items()}
 
@@ -781,11 +803,15 @@ def main(args):
                     model.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
                     model.change_norm.update((data["next_obs"] - data["obs"]).flatten(0, 1), alive.flatten())
                     model.reward_norm.update(data["rewards"].view(-1, 1), alive.flatten())
+                if not (virtual or blind):
+                    model.usage.update(agent.named(data["beliefs"][:-1])["y"].flatten(0, 1), alive.flatten())
                 if not virtual:  # the belief model learns from what the environments gave alone
                     buffer.add(data)
                 for _ in range(args.belief_updates if run.global_step >= args.precollect else 0):
                     terms = update_belief(model, belief_optimizer, buffer, virtual_rate, args)
                     losses |= {f"belief_{name}": term for name, term in terms.items()}
+                if run.logs():
+                    losses |= signs_of_life(model, buffer.sample(share(args.belief_batch)))
             run.lap("belief")
 
             run.log(losses, data, {"charts/virtual": float(virtual)})
@@ -850,6 +876,10 @@ META_WORLD = dict(
     tbptt=50, elbo_terms=100, decode_terms=100, reward_decoder="mlp", decoder_layers=(64, 64, 32), reward_coef=10.0,
     state_coef=10.0, decoder_dropout=0.7,
 )  # fmt: skip
+# Its policy waits for a belief that has settled, which takes many updates (ours).
+ML1 = META_WORLD | dict(
+    total_timesteps=50_000_000, eval_interval=100, belief_warmup=1_500_000, belief_anneal_lr=True, belief_updates=30
+)
 LOCOMOTION = dict(  # per meta-episode of 400 steps, where variBAD's authors count by 200, 400 or 800
     total_timesteps=100_000_000, eval_interval=25, checkpoint_interval=25, gamma=0.97, gae_lambda=0.9,
     num_minibatches=8, clip_coef=0.1, policy_layers=(128, 128), obs_embed=64, belief_embed=64, belief_updates=1,
@@ -858,8 +888,9 @@ LOCOMOTION = dict(  # per meta-episode of 400 steps, where variBAD's authors cou
     reward_coef=50.0, virtual_low=-10.0,
 )  # fmt: skip
 # The authors of variBAD keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
-# Each posterior pays its whole KL at every step, variBAD's chain for the news alone, once in a meta-episode: a large
-# weight of the reward keeps the posterior from collapsing to the prior, as it does at 120, variBAD's balance.
+# variBAD's balance (1 / kl_coef, terms as means) is 240 of the reward's error to 1 of the KL. Its chain pays for what
+# it knows once among 61 posteriors, a KL to a fixed prior in each that knows it: 240 x 61 = 14,640 if all did, 5000 if
+# 21 of them. At variBAD's balance the posterior collapses to the prior.
 GRID = dict(
     time_limit="terminal", standardise_inputs=False, ent_coef=0.04, reward_coef=5000.0, virtual_low=-0.1,
     virtual_high=1.0,
@@ -888,7 +919,9 @@ PRESETS = {
         policy_layers=(256, 256, 128), belief_batch=15, belief_updates=3, latent_dim=10, elbo_terms=100,
         decode_terms=100,
     ),
-    "ML1": META_WORLD | dict(total_timesteps=50_000_000, eval_interval=100),
+    "ML1": ML1,
+    # An object stands about that has nothing to do with the goal.
+    **dict.fromkeys(("ML1-reach", "ML1-reach-wall"), ML1 | dict(obs_shift=2.0)),
     "ML10": META_WORLD | dict(num_components=10),
     "ML45": META_WORLD | dict(
         total_timesteps=400_000_000, eval_interval=3300, latent_dim=10, belief_updates=6, num_components=45,
@@ -900,20 +933,19 @@ PRESETS = {
 # What fits a machine without a GPU, laid over the preset unless --cuda; ours.
 SMALL_ML = dict(
     num_envs=20, horizon=200, num_minibatches=12, learning_rate=2.5e-4, clip_coef=0.2, std_init=0.7, std_min=0.2,
-    eval_interval=50, eval_tasks=10, hidden_dim=128, elbo_terms=25, decode_terms=50, decoder_dropout=0.0,
+    eval_interval=50, eval_tasks=10, belief_warmup=900_000, belief_updates=15, hidden_dim=128, elbo_terms=25,
+    decode_terms=50, decoder_dropout=0.0,
 )  # fmt: skip
-# The tasks of ML1 differ in goals: no state decoder. The policy waits for a belief that has settled.
+# The tasks of ML1 differ in goals: no state decoder.
 SMALL_ML1 = SMALL_ML | dict(
     num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, eval_tasks=0, eval_interval=20,
-    belief_warmup=900_000, belief_anneal_lr=True, belief_updates=30, belief_batch=20, belief_learning_rate=2e-3,
-    hidden_dim=64, elbo_terms=8, decode_terms=150, state_coef=0.0,
+    belief_updates=30, belief_batch=20, belief_learning_rate=2e-3, hidden_dim=64, elbo_terms=8,
+    decode_terms=150, state_coef=0.0,
 )  # fmt: skip
 SMALL = {
     **dict.fromkeys(("SparsePointRobot", "MEWA", "AntGoal"), dict(tbptt=50, elbo_terms=25, decode_terms=100)),
     "HopperMass": dict(buffer_size=2000),  # 0.36 GB
     "ML1": SMALL_ML1,
-    # An object stands about that has nothing to do with the goal.
-    **dict.fromkeys(("ML1-reach", "ML1-reach-wall"), SMALL_ML1 | dict(obs_shift=2.0)),
     "ML10": SMALL_ML,
     "ML45": SMALL_ML | dict(eval_interval=250),
 }

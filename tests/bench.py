@@ -261,6 +261,7 @@ def bench_scripts(seconds, against=None):
     jobs += [("laser.py", "MEWA", "--oracle-context")]
     for script, env_id, *words in jobs:
         steps = 60_000 if env_id == "ML10" else round(seconds / 6 * 10_000)  # of ML10, five iterations
+        words += ["--belief-warmup", "0"] * (env_id == "ML10")  # which is longer
         rounds = [[train(root, script, env_id, words, steps) for root in (".", against) if root]]
         while against and len(rounds) < 3:
             rounds.append([train(root, script, env_id, words, steps) for root in (".", against)])

@@ -178,13 +178,13 @@ LEFT_OUT = {  # what of varibad.py's a script does without
     dme: {"VariBAD", "SESSIONS", "SMALL_SESSIONS"},  # no presets of environments with sessions
     ldm: {  # nor of Meta-World; nothing waits for the belief
         *("VariBAD", "GRID", "LARGE_GRID", "META_WORLD", "SESSIONS"),
-        *("SMALL", "SMALL_ML", "SMALL_ML1", "SMALL_SESSIONS", "is_blind"),
+        *("SMALL", "ML1", "SMALL_ML", "SMALL_ML1", "SMALL_SESSIONS", "is_blind"),
     },
     dynamite_rl: {  # no presets of environments without sessions
-        *("VariBAD", "GRID", "LARGE_GRID", "POINT", "LOCOMOTION", "META_WORLD", "SMALL_ML", "SMALL_ML1"),
+        *("VariBAD", "GRID", "LARGE_GRID", "POINT", "LOCOMOTION", "META_WORLD", "ML1", "SMALL_ML", "SMALL_ML1"),
     },
     laser: {  # no belief model of variBAD's kind, and no presets but its own
-        *("VariBAD", "GRID", "LARGE_GRID", "POINT", "LOCOMOTION", "SESSIONS", "SMALL_ML1", "SMALL_SESSIONS"),
+        *("VariBAD", "GRID", "LARGE_GRID", "POINT", "LOCOMOTION", "SESSIONS", "ML1", "SMALL_ML1", "SMALL_SESSIONS"),
         *("BeliefModel", "Decoder", "is_blind", "rollout", "update_belief", "elbo", "reconstruction"),
         *("multihead_loss", "gaussian", "kl_gaussians", "average", "draw_posteriors"),
     },
