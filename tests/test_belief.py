@@ -1,5 +1,6 @@
 """The belief models: encoder, decoders, ELBO and mixture against loops, torch.distributions and Monte Carlo."""
 
+import math
 import signal
 from types import SimpleNamespace
 
@@ -270,8 +271,12 @@ def loop_terms(script, s, batch, noise):
         Normal(q_z.mean.unsqueeze(-2), q_z.stddev.unsqueeze(-2)), Normal(mean, (0.5 * logvar).exp())
     )
     weight = F.one_hot(q_y.probs.argmax(-1), mean.shape[-2]) if s.args.hard_y else q_y.probs
+    kl_w = kl_divergence(q_w, Normal(torch.zeros(2), torch.ones(2)))
+    if s.args.chain_w:  # step by step, but for the first, to the posterior before
+        steps = [Normal(q_w.mean[t], q_w.stddev[t]) for t in range(len(hidden))]
+        kl_w = torch.stack([kl_w[0], *map(kl_divergence, steps[1:], steps[:-1])])
     return terms | dict(
-        kl_w=mean_of(kl_divergence(q_w, Normal(torch.zeros(2), torch.ones(2))).sum(-1)),
+        kl_w=mean_of(kl_w.sum(-1)),
         kl_y=mean_of(kl_divergence(q_y, Categorical(torch.full_like(q_y.probs, 1 / mean.shape[-2])))),
         kl_z=mean_of((weight * to_each.sum(-1)).sum(-1)),
     )
@@ -293,7 +298,7 @@ def test_elbo_equals_a_loop(script, case, window, monkeypatch):
     )[case]
     option = dict(kl_to_prior=case == "state")
     if script is dme:
-        option = dict(hard_y=case == "state", decode_window=window)
+        option = dict(hard_y=case == "state", decode_window=window, chain_w=case in ("state", "tbptt"))
     weights = {varibad: dict(kl_coef=0.3), dme: dict(beta_w=0.3, beta_y=0.7, beta_z=1.3)}[script]
     s = setup(script, standardise_inputs=True, **changes, **option, **weights)
     s.model.obs_norm.mean += 0.3
@@ -426,7 +431,9 @@ def test_prior_statistics():
 
 
 @pytest.mark.parametrize("policy_y", ["argmax", "sample", "probs"])
-@pytest.mark.parametrize("other", [{}, dict(no_policy_w=True), dict(policy_z="var"), dict(policy_w="mean")])
+@pytest.mark.parametrize(
+    "other", [{}, dict(no_policy_w=True), dict(static_prior=True), dict(policy_z="var"), dict(policy_w="mean")]
+)
 def test_what_the_policy_sees(policy_y, other):
     """Mean and scale of z, w, y, in this order; w and y have the statistics of their posteriors."""
     s = setup(dme, policy_y=policy_y, num_components=3, **other)
@@ -442,7 +449,7 @@ def test_what_the_policy_sees(policy_y, other):
     w, y = belief[:, 4:-3], belief[:, -3:]
     torch.testing.assert_close(y.sum(-1), torch.ones(20_000))
     assert (policy_y == "probs") != bool(((y == 0) | (y == 1)).all())
-    if s.args.no_policy_w:
+    if s.args.no_policy_w or s.args.static_prior:  # whose w is noise
         assert w.shape[1] == 0 and sum(s.model.belief_sizes.values()) == 7
     else:
         deviation = torch.zeros(2) if s.args.policy_w == "mean" else (0.5 * w_logvar).exp()[0]
@@ -470,6 +477,49 @@ def test_initial_belief_from_the_prior():
     torch.testing.assert_close((z_mean, z_logvar), tuple((x * y[..., None]).sum(1) for x in (mean, logvar)))
     hidden = s.model.hiddens(data)
     torch.testing.assert_close(data["beliefs"][1:], s.model.belief(hidden[1:], deterministic=True))
+
+
+def mixture_of(case):
+    """A model and a batch of which the first of two meta-episodes has hidden state -1, the other 1, throughout.
+
+    Two components of deviation .8, 6 apart in the first of two coordinates. Dead: `noise`, a wide posterior that knows
+    nothing; `copies`, one that knows all, of components that are one. Alive: `alive`, where w and z follow the hidden
+    state, `half`, where z does so with a deviation as large as its mean.
+    """
+    s = setup(dme, num_components=2, static_prior=case == "copies")
+    model, wide = s.model, math.log(9.0)
+    mean, logvar = {"noise": (0, wide), "copies": (3, -6), "alive": (3, -6), "half": (3, wide)}[case]
+    with torch.no_grad():
+        model.heads.weight.zero_()
+        model.heads.weight[0, 0], model.heads.weight[4, 0] = float(case == "alive"), mean  # of w, of z
+        model.heads.bias.copy_(torch.tensor([0, 0, -4 if case == "alive" else 0, 0, 0, 0, logvar, -6]))
+        model.mixture = torch.nn.Linear(2, 8)  # w -> means, raw deviations of two components, in two coordinates
+        model.mixture.weight.zero_()
+        model.mixture.bias.copy_(torch.tensor([-3.0, 0, 0, 0, 3, 0, 0, 0]))
+        if case == "copies":
+            model.mixture.bias.zero_()
+        model.mixture.weight[:, 0] = torch.tensor([0, 1, 0, 0, 0, 1, 0, 0])  # the second coordinate follows w
+    model.hiddens = lambda batch, tbptt=0: torch.tensor([-1.0, 1.0])[:, None].expand(7, 2, 6)
+    return model, random_batch(s)
+
+
+@pytest.mark.parametrize("case", ["noise", "copies", "alive", "half"])
+def test_signs_of_life(case):
+    """Mixtures dead and alive by construction, with what their numbers are on paper."""
+    model, batch = mixture_of(case)
+    torch.manual_seed(5)
+    signs = {name.removeprefix("mixture_"): x.item() for name, x in dme.signs_of_life(model, batch, 4000).items()}
+    share = Normal(0.0, 1.0).cdf(torch.tensor(1.0))  # of `half`, on the right side
+    left = dict(noise=math.log(2), copies=math.log(2), alive=0.0, half=Bernoulli(share).entropy().item())[case]
+    assert signs["y_entropy"] == pytest.approx(left, abs=0.02)
+    assert signs["y_information"] == pytest.approx(math.log(2) - left, abs=0.04)
+    # the share of contexts with hidden state 1: about one half, as idle ones do not count
+    real = torch.cat([torch.ones(1, 2, dtype=torch.bool), batch["alive"]])
+    p = (real[:, 1].sum() / real.sum()).item()
+    moved = 2 * (p * (1 - p)) ** 0.5 if case == "alive" else 0.0  # deviation of -1, 1
+    assert signs["w_signal"] == pytest.approx(moved / math.exp(-2) / 2, rel=1e-4)  # mean over two coordinates
+    assert signs["movement"] == pytest.approx(moved / 2, rel=1e-4, abs=1e-6)
+    assert signs["spread"] == pytest.approx(0.0 if case == "copies" else 1.5)
 
 
 # ---------- DME: virtual tasks ----------
@@ -506,23 +556,64 @@ def test_virtual_rewards_need_an_interval():
         setup(dme, virtual_low=2.0, virtual_high=1.0)
 
 
-@pytest.mark.parametrize("virtual, rate", [("elbo", 1.0), ("both", 1.0), ("elbo", 0.0), ("policy", 1.0)])
-def test_virtual_batches_replace_rewards_alone(virtual, rate, monkeypatch):
-    """A virtual batch of the ELBO is the buffer's but for its rewards, decoded from draws of the prior."""
+@pytest.mark.parametrize(
+    "virtual, rate", [("elbo", 1.0), ("both", 1.0), ("relabel", 1.0), ("elbo", 0.0), ("policy", 1.0), ("off", 1.0)]
+)
+def test_virtual_batches(virtual, rate, monkeypatch):
+    """Rewards of tasks from the prior in place of the buffer's: for the decoder, with relabel for the encoder, too."""
     s = setup(dme, virtual=virtual)
     buffer = dme.Buffer(7, s.envs)
     buffer.add(dme.rollout(s.envs, s.agent, s.model, s.args))
-    stored, sampled, seen = {k: v.clone() for k, v in buffer.store.items()}, [], []
-    sample, elbo = buffer.sample, dme.elbo
+    stored, sampled, read, decoded = {k: v.clone() for k, v in buffer.store.items()}, [], [], []
+    sample, hiddens, reconstruction = buffer.sample, s.model.hiddens, dme.reconstruction
     monkeypatch.setattr(buffer, "sample", lambda n: sampled.append(sample(n)) or dict(sampled[-1]))
-    monkeypatch.setattr(dme, "elbo", lambda model, batch, args: seen.append(batch) or elbo(model, batch, args))
+    monkeypatch.setattr(s.model, "hiddens", lambda batch, tbptt: read.append(batch) or hiddens(batch, tbptt))
+    monkeypatch.setattr(dme, "reconstruction", lambda *given: decoded.append(given[4]) or reconstruction(*given))
+    monkeypatch.setattr(dme, "decoded_reward", lambda *given: torch.full_like(sampled[0]["rewards"], 0.5))
     dme.update_belief(s.model, torch.optim.Adam(s.model.parameters()), buffer, rate, s.args)
-    for name, value in sampled[0].items():
-        assert torch.equal(seen[0][name], value) or (name == "rewards" and rate and virtual != "policy"), name
-    if rate and virtual != "policy":
-        assert {round(r, 5) for r in seen[0]["rewards"].unique().tolist()} == {-0.1, 1.0}
+    for batches, virtual_too in ((read, ("relabel",)), (decoded, ("elbo", "both", "relabel"))):
+        for name, value in sampled[0].items():
+            swapped = name == "rewards" and rate and virtual in virtual_too
+            assert torch.equal(batches[0][name], torch.full_like(value, 0.5) if swapped else value), name
     for name, value in stored.items():  # the 3 meta-episodes in use
         assert torch.equal(buffer.store[name][:3], value[:3]), name
+
+
+def test_virtual_rewards_teach_the_reward_decoder_alone():
+    """Algorithm 1: the state's loss and all KLs are those of the real batch, the reward's that of the virtual tasks."""
+    s = setup(dme, "SparsePointRobot", state_coef=1.0, decode_window="all")
+    batch, virtual = random_batch(s), torch.randn(6, 2)
+    found = []
+    for given in ((batch, s.args), (batch, s.args, virtual), (batch | dict(rewards=virtual), s.args)):
+        torch.manual_seed(1)
+        found.append(dme.elbo(s.model, *given)[1])
+    real, mixed, relabelled = found
+    for name in ("state", "kl_w", "kl_y", "kl_z"):
+        assert torch.equal(mixed[name], real[name]) and not torch.equal(relabelled[name], real[name]), name
+    torch.manual_seed(1)
+    w_mean, w_logvar, mean, logvar = s.model.posterior(torch.stack(unroll(s.model, batch)))
+    dme.gaussian(w_mean, w_logvar)
+    t = torch.arange(7)[:, None].expand(7, 2)
+    expected = loop_reconstruction(s, dme.gaussian(mean, logvar), t, batch | dict(rewards=virtual))[0]
+    torch.testing.assert_close(mixed["reward"], expected)
+
+
+@pytest.mark.parametrize("virtual_y", ["uniform", "usage"])
+def test_components_of_virtual_tasks(virtual_y):
+    """--virtual-y usage: drawn as often as q(y) had them, on average; before that, and by default, uniformly."""
+    s = setup(dme, virtual_y=virtual_y, num_components=3)
+    with torch.no_grad():
+        s.model.mixture[-1].weight.zero_()  # components at 0, 100, 200, whatever w
+        s.model.mixture[-1].bias.zero_()
+        s.model.mixture[-1].bias.view(3, 4)[:, 0] = torch.tensor([0.0, 100.0, 200.0])
+        share = lambda: F.one_hot((s.model.virtual_tasks(8000)[:, 0] / 100).round().long(), 3).float().mean(0)  # noqa: E731
+        assert (share() - 1 / 3).abs().max() < 4 * (0.25 / 8000) ** 0.5
+        for y, rows in (([0.9, 0.1, 0.0], 30), ([0.1, 0.0, 0.9], 10)):
+            s.model.usage.update(torch.tensor([y]).expand(rows, 3), torch.ones(rows, dtype=torch.bool))
+        expected = torch.tensor([0.7, 0.075, 0.225]) if virtual_y == "usage" else torch.full((3,), 1 / 3)
+        assert (share() - expected).abs().max() < 4 * (0.25 / 8000) ** 0.5
+    y = s.model.prior(8000)[1]  # Algorithm 1's first belief stays what it was
+    assert (y.mean(0) - 1 / 3).abs().max() < 4 * (0.25 / 8000) ** 0.5
 
 
 @torch.no_grad()
@@ -530,7 +621,7 @@ def test_virtual_rollout(monkeypatch):
     """One task per environment for the whole meta-episode; its rewards go to the encoder, the true ones stay beside."""
     s = setup(dme, num_envs=16)
     tasks, prior = [], s.model.prior
-    monkeypatch.setattr(s.model, "prior", lambda n: tasks.append(prior(n)) or tasks[-1])
+    monkeypatch.setattr(s.model, "prior", lambda *given: tasks.append(prior(*given)) or tasks[-1])
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # z is the component's mean; w of the belief its mean
     data = dme.rollout(s.envs, s.agent, s.model, s.args, virtual=True)
     assert len(tasks) == 1
@@ -544,14 +635,16 @@ def test_virtual_rollout(monkeypatch):
 
 
 def test_virtual_data_teaches_the_policy_alone(monkeypatch, tmp_path):
-    """In a run where chance makes some iterations virtual, neither buffer nor normalisers get to see those."""
+    """Where chance makes iterations virtual, neither buffer nor normalisers nor the usage of y get to see those."""
     options = dict(virtual_rate=1.0, precollect=1, total_timesteps=180, eval_interval=-1, standardise_inputs=True)
     s = setup(dme, run_dir=str(tmp_path), **options)
-    made, kept, scales, rollout, add = [], [], [], dme.rollout, dme.Buffer.add
+    made, kept, scales, models, rollout, add = [], [], [], [], dme.rollout, dme.Buffer.add
 
     def recorded(*inputs, virtual):
         made.append(rollout(*inputs, virtual=virtual) | dict(virtual=virtual))
-        scales.append([inputs[2].obs_norm.count.item(), inputs[1].return_norm.count.item()])
+        seen = inputs[2].obs_norm, inputs[1].return_norm, inputs[2].usage
+        scales.append([norm.count.item() for norm in seen])
+        models.append(inputs[2])
         return made[-1]
 
     monkeypatch.setattr(dme, "rollout", recorded)
@@ -560,4 +653,6 @@ def test_virtual_data_teaches_the_policy_alone(monkeypatch, tmp_path):
     real = [data["rewards"] for data in made if not data["virtual"]]
     assert 0 < len(real) < len(made) == 10 and not made[0]["virtual"]
     assert len(kept) == len(real) and all(a is b for a, b in zip(kept, real))
-    assert scales == [[sum(18 * (not data["virtual"]) for data in made[:i])] * 2 for i in range(10)]
+    assert scales == [[sum(18 * (not data["virtual"]) for data in made[:i])] * 3 for i in range(10)]
+    y = torch.cat([data["beliefs"][:-1, :, -5:] for data in made if not data["virtual"]])
+    torch.testing.assert_close(models[-1].usage.mean, y.mean((0, 1)))

@@ -47,6 +47,7 @@ TINY = (
 HARD = {varibad: "--anneal-lr --ent-coef-end 0.001 --state-coef 1 --decoder-dropout 0.2 --elbo-terms 4".split()}
 HARD[varibad] += "--decode-terms 3 --tbptt 5 --belief-updates 2 --belief-warmup 40 --eval-sample".split()
 HARD[dme] = HARD[varibad] + "--virtual both --virtual-rate 1 --policy-y sample --initial-belief prior".split()
+HARD[dme] += "--virtual-y usage --chain-w".split()
 HARD[ldm] = "--mix-dimensions --beta 1.5 --elbo-terms 4".split()
 HARD[dynamite_rl] = "--anneal-lr --state-coef 1 --elbo-terms 4 --decode-terms 3".split()
 
@@ -283,6 +284,19 @@ def test_presets_fit(script):
             args.horizon, args.episodes_per_task = envs.horizon, envs.episodes_per_task
             check(script, args)
             envs.close()
+
+
+@SCRIPTS
+@pytest.mark.parametrize(
+    "env_id, cuda", [("ML1-reach", False), ("ML1-reach", True), ("ML1-push", True), ("ML10", False)]
+)
+def test_presets_give_the_belief_time(script, env_id, cuda):
+    """On Meta-World: below a thousand updates a probe reads nothing, and the policy waits for a belief to settle."""
+    args = parse(script, "--env-id", env_id, *["--cuda"] * cuda)
+    steps = args.num_envs * (args.horizon or 500) * (args.episodes_per_task or 3)  # of an iteration
+    updates = args.belief_updates / steps
+    assert 1e6 * updates >= 1000 and args.belief_warmup * updates > 1000
+    assert (args.obs_shift > 0) == (env_id == "ML1-reach")
 
 
 @EVERY

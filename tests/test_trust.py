@@ -654,7 +654,8 @@ def test_compile_of_each_script(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot"])
 def test_meta_device(script, env_id, monkeypatch):
     """One iteration where tensors have shapes and no data: a second device, or a wait for numbers, raises."""
-    s = setup(script, env_id, **(dict(policy_y="sample", initial_belief="prior") if script is dme else {}))
+    own = dict(policy_y="sample", initial_belief="prior", virtual="both", virtual_y="usage", chain_w=True)
+    s = setup(script, env_id, **(own if script is dme else {}))
     device = torch.device("meta")
     envs = make_envs(env_id, 3, device=device, horizon=3, episodes_per_task=2)
     with device:
@@ -662,7 +663,7 @@ def test_meta_device(script, env_id, monkeypatch):
         agent = script.Agent(s.args, 2, envs.single_action_space, model.belief_sizes)
     monkeypatch.setattr(common.processes, "check_finite", lambda **_: None)  # it waits, once an update, on purpose
     optimizers = [torch.optim.Adam(m.parameters()) for m in (agent, model)]
-    rest = [0.0] if script is dme else []
+    rest = [1.0] if script is dme else []
     data = script.rollout(envs, agent, model, s.args, **(dict(virtual=True) if script is dme else {}))
     data["logprobs"], _, values = agent(data["obs"], data["beliefs"][:-1], data["actions"])
     data["values"] = torch.cat([values, agent.value(data["next_obs"][-1], data["beliefs"][-1])[None]])
