@@ -387,10 +387,7 @@ class BeliefModel(nn.Module):
         return mean, (F.softplus(raw) + 1e-4).log()  # the floor keeps (3) from saturating
 
     def prior(self, n, usage=None):
-        """n draws: w ~ N(0, I) (n, Z), one-hot y ~ Cat(1 / C) (n, C), mean and log-variance of p(z | w, y) (n, Z).
-
-        usage (C,): y in proportion to it in place of 1 / C.
-        """
+        """n draws: w ~ N(0, I) (n, Z), one-hot y ~ Cat(usage, or 1 / C) (n, C), mean, logvar of p(z | w, y) (n, Z)."""
         w = torch.randn(n, self.args.latent_dim, device=self.heads.weight.device)
         mean, logvar = self.components(w)  # (n, C, Z)
         usage = mean.new_ones(mean.shape[1]) if usage is None else usage
@@ -525,10 +522,9 @@ def elbo(model, batch, args, virtual=None):
 def signs_of_life(model, batch, draws=64):
     """Whether the mixture lives: scalars by name, over contexts, a batch's histories up to every (T / 8)-th step.
 
-    y_information: I(y; context) in nats, 0 .. log C, entropy of the usage of y less y_entropy, the mean one of
-    q(y | context), which averages (3) over w and z: their noise is no information. w_signal: deviation of w's mean over
-    contexts / its posterior deviation. movement: of the components' means over contexts, w at its mean; spread: of
-    these means over components.
+    y_information: I(y; context) in nats, 0 .. log C: entropy of y's usage less y_entropy, mean of q(y | context)'s, the
+    mean of (3) over w and z, whose noise tells nothing. w_signal: deviation of w's mean over contexts / that of its
+    posterior. movement: deviation of the components' means over contexts, w at its mean; spread: from each other.
     """
     every = max(1, len(batch["alive"]) // 8)
     real = torch.cat([torch.ones_like(batch["alive"][:1]), batch["alive"]])[::every]
@@ -574,15 +570,15 @@ def draw_posteriors(args, *tensors):
 def update_belief(model, optimizer, buffer, virtual_rate, args):
     """One gradient step on a batch of stored meta-episodes. Returns the loss's terms, detached.
 
-    With probability `virtual_rate` (gamma of Algorithm 1) rewards are those of tasks drawn from the prior: for the
-    decoder, with --virtual relabel for the encoder, too.
+    With probability `virtual_rate` (gamma of Algorithm 1) rewards are decoded ones, of tasks drawn from the prior.
     """
     batch, virtual = buffer.sample(share(args.belief_batch)), None
     if args.virtual in ("elbo", "both", "relabel") and torch.rand(()) < virtual_rate:
         with torch.no_grad():
             z = model.virtual_tasks(share(args.belief_batch))
             virtual = decoded_reward(model, z, batch["obs"], batch["actions"], batch["next_obs"], args)
-        batch |= dict(rewards=virtual) if args.virtual == "relabel" else {}
+        if args.virtual == "relabel":  # the encoder sees them, too
+            batch["rewards"] = virtual
     loss, terms = elbo(model, batch, args, virtual)
     descend(optimizer, loss, model.parts(), args.belief_max_grad_norm, "belief")
     return {name: term.detach() for name, term in terms.items()}
@@ -888,9 +884,8 @@ LOCOMOTION = dict(  # per meta-episode of 400 steps, where variBAD's authors cou
     reward_coef=50.0, virtual_low=-10.0,
 )  # fmt: skip
 # The authors of variBAD keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
-# variBAD's balance (1 / kl_coef, terms as means) is 240 of the reward's error to 1 of the KL. Its chain pays for what
-# it knows once among 61 posteriors, a KL to a fixed prior in each that knows it: 240 x 61 = 14,640 if all did, 5000 if
-# 21 of them. At variBAD's balance the posterior collapses to the prior.
+# Each posterior pays its whole KL, variBAD's chain once among a meta-episode's 61: its balance of 240 (1 / kl_coef) for
+# the mean error is one of up to 240 x 61 = 14,640 here, 5000 if 21 of them know the goal. At 120 z knows nothing.
 GRID = dict(
     time_limit="terminal", standardise_inputs=False, ent_coef=0.04, reward_coef=5000.0, virtual_low=-0.1,
     virtual_high=1.0,
@@ -920,8 +915,7 @@ PRESETS = {
         decode_terms=100,
     ),
     "ML1": ML1,
-    # An object stands about that has nothing to do with the goal.
-    **dict.fromkeys(("ML1-reach", "ML1-reach-wall"), ML1 | dict(obs_shift=2.0)),
+    **dict.fromkeys(("ML1-reach", "ML1-reach-wall"), ML1 | dict(obs_shift=2.0)),  # an object stands about, not the goal
     "ML10": META_WORLD | dict(num_components=10),
     "ML45": META_WORLD | dict(
         total_timesteps=400_000_000, eval_interval=3300, latent_dim=10, belief_updates=6, num_components=45,

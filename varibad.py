@@ -762,8 +762,7 @@ PRESETS = {
         num_envs=32, ent_coef=0.1, ent_coef_end=0.1, eval_interval=100, checkpoint_interval=100, kl_coef=0.01 / 200
     ),
     "ML1": ML1,
-    # An object stands about that has nothing to do with the goal.
-    **dict.fromkeys(("ML1-reach", "ML1-reach-wall"), ML1 | dict(obs_shift=2.0)),
+    **dict.fromkeys(("ML1-reach", "ML1-reach-wall"), ML1 | dict(obs_shift=2.0)),  # an object stands about, not the goal
     "ML10": META_WORLD,
     "ML45": META_WORLD | dict(total_timesteps=400_000_000, eval_interval=3300, latent_dim=10, belief_updates=6),
     "module:factory": POINT,  # your own

@@ -2,7 +2,8 @@
 
 Rolls out the saved policy on the training and the held-out tasks. Then, after so many steps of a meta-episode: how much
 of the task's variance a linear probe reads from the belief (R^2 on held-out tasks, fitted on training tasks; 1 is all,
-0 none), and the decoder's squared error on all rewards still to come, beside their variance.
+0 none), and the decoder's squared error on the rewards of the next 15 steps and on all still to come, beside their
+variances. The errors say what the belief is worth: R^2 may fall with them, where the code is not linear.
 """
 
 import argparse
@@ -43,27 +44,33 @@ def collect(script, path):
     return data, model, dataclasses.replace(args, **every)
 
 
+@torch.no_grad()
+def reward_error(script, model, args, data, first, last):
+    """The decoder's loss, under the belief after `first` steps, of the rewards up to step `last`; their variance."""
+    steps = {k: data[k][first:last] for k in ("obs", "actions", "next_obs", "rewards", "alive")}
+    mean = data["beliefs"][first : first + 1, :, : args.latent_dim]  # the belief's first part, of m or z
+    real = torch.ones(mean.shape[:2], dtype=torch.bool)
+    numbers = [torch.zeros_like(real, dtype=torch.int64)] if hasattr(args, "decode_window") else []
+    error = script.reconstruction(model, mean, *numbers, real, steps, args)[0].item()
+    return error, steps["rewards"][steps["alive"]].var().item()
+
+
 def main(path):
     torch.manual_seed(0)
-    name = load_checkpoint(path, "varibad", "dme")["script"]
-    script = importlib.import_module(name)
+    script = importlib.import_module(load_checkpoint(path, "varibad", "dme")["script"])
     data, model, args = collect(script, path)
     train, test = data.get("train", data["test"]), data["test"]
-    T, N = test["rewards"].shape
-    print(f"{'steps':>6} {'R^2 of the task':>16} {'reward error':>13} {'variance':>9}")
-    for e in sorted({0, T // 60, T // 20, T // 10, T // 5, T // 3, T // 2, 2 * T // 3, T - 1}):
+    T = len(test["rewards"])
+    starts = {k + more for k in range(0, T, args.horizon) for more in (0, 15) if k + more < T}  # of episodes
+    print(f"{'steps':>6} {'R^2 of task':>12} {'next 15: error':>15} {'variance':>9} {'all: error':>11} {'variance':>9}")
+    for e in sorted({T // 60, T // 20, T // 10, T // 5, T // 3, T // 2, 2 * T // 3, T - 1} | starts):
         fit, held = (torch.cat([d["beliefs"][e], torch.ones(len(d["task"]), 1)], 1) for d in (train, test))
         weights = torch.linalg.solve(fit.T @ fit + 1e-2 * torch.eye(fit.shape[1]), fit.T @ train["task"])
         residual, spread = (
             x.square().sum() for x in (held @ weights - test["task"], test["task"] - test["task"].mean(0))
         )
-        future = {k: test[k][e:] for k in ("obs", "actions", "next_obs", "rewards", "alive")}
-        mean = test["beliefs"][e : e + 1, :, : args.latent_dim]  # the belief's first part, of m or z
-        numbers = [torch.zeros(1, N, dtype=torch.int64)] if name == "dme" else []
-        with torch.no_grad():
-            real = torch.ones(1, N, dtype=torch.bool)
-            error = script.reconstruction(model, mean, *numbers, real, future, args)[0]
-        print(f"{e:>6} {1 - residual / spread:>16.2f} {error:>13.3f} {future['rewards'].var():>9.3f}")
+        near, far = (reward_error(script, model, args, test, e, last) for last in (e + 15, T))
+        print(f"{e:>6} {1 - residual / spread:>12.2f} {near[0]:>15.3f} {near[1]:>9.3f} {far[0]:>11.3f} {far[1]:>9.3f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import varibad
 from common.arguments import check_bounds, check_fit
 from common.envs import BadInput, make_envs
 from common.networks import GRU
+from tests import probe
 
 torch.set_num_threads(1)
 SCRIPTS = pytest.mark.parametrize("script", [varibad, dme], ids=lambda module: module.__name__)
@@ -348,6 +350,24 @@ def test_idle_steps_do_not_count(script):
     steps = [t] if script is dme else []
     losses = [script.reconstruction(s.model, m, *steps, real, b, s.args) for b in (batch, other)]
     torch.testing.assert_close(*losses)
+
+
+@SCRIPTS
+def test_probe_of_the_next_rewards(script):
+    """tests/probe.py: the decoder's error on rewards 3 to 6 under the beliefs after 3 steps, pair by pair."""
+    s = setup(script, "SparsePointRobot", horizon=5)
+    data = script.rollout(s.envs, s.agent, s.model, s.args)
+    data["rewards"] = torch.randn(10, 3)
+    data["alive"][5, 1] = False
+    errors, counted = [], [(i, n) for i in range(3, 7) for n in range(3) if (i, n) != (5, 1)]
+    for i, n in counted:
+        m = data["beliefs"][3, n, :2]
+        x = s.model.obs_norm(data["obs"]), data["actions"].clamp(-1, 1), s.model.obs_norm(data["next_obs"])
+        predicted = s.model.reward_decoder(m[None, None], *(v[i, n][None, None] for v in x))
+        errors.append((predicted.item() - data["rewards"][i, n].item()) ** 2)
+    found = probe.reward_error(script, s.model, s.args, data, 3, 7)
+    rewards = [data["rewards"][i, n].item() for i, n in counted]
+    assert found == pytest.approx((statistics.mean(errors), statistics.variance(rewards)), rel=1e-4)
 
 
 @SCRIPTS
