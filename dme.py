@@ -930,11 +930,9 @@ SMALL_ML = dict(
     eval_interval=50, eval_tasks=10, belief_warmup=900_000, belief_updates=15, hidden_dim=128, elbo_terms=25,
     decode_terms=50, decoder_dropout=0.0,
 )  # fmt: skip
-# The tasks of ML1 differ in goals: no state decoder.
-SMALL_ML1 = SMALL_ML | dict(
-    num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, eval_tasks=0, eval_interval=20,
-    belief_updates=30, belief_batch=20, belief_learning_rate=2e-3, hidden_dim=64, elbo_terms=8,
-    decode_terms=150, state_coef=0.0,
+SMALL_ML1 = SMALL_ML | dict(  # its tasks differ in goals: no state decoder
+    num_envs=40, horizon=150, episodes_per_task=2, num_minibatches=8, eval_tasks=0, eval_interval=20, state_coef=0.0,
+    belief_updates=30, belief_batch=20, belief_learning_rate=2e-3, hidden_dim=64, elbo_terms=8, decode_terms=150,
 )  # fmt: skip
 SMALL = {
     **dict.fromkeys(("SparsePointRobot", "MEWA", "AntGoal"), dict(tbptt=50, elbo_terms=25, decode_terms=100)),
