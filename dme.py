@@ -884,8 +884,9 @@ LOCOMOTION = dict(  # per meta-episode of 400 steps, where variBAD's authors cou
     reward_coef=50.0, virtual_low=-10.0,
 )  # fmt: skip
 # The authors of variBAD keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
-# Each posterior pays its whole KL, variBAD's chain once among a meta-episode's 61: its balance of 240 (1 / kl_coef) for
-# the mean error is one of up to 240 x 61 = 14,640 here, 5000 if 21 of them know the goal. At 120 z knows nothing.
+# Each posterior pays its whole KL; in variBAD's chain, which pays for news alone, a meta-episode's 61 pay it once. So
+# variBAD's weight of the mean error, 240 (1 / kl_coef), would be 240 x 61 = 14,640 here if all 61 knew the goal, and
+# 5000 if 21 did. At 120 the posterior collapses to the prior.
 GRID = dict(
     time_limit="terminal", standardise_inputs=False, ent_coef=0.04, reward_coef=5000.0, virtual_low=-0.1,
     virtual_high=1.0,
