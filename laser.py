@@ -40,9 +40,8 @@ Where this leaves the paper
     delta is made of a mean of squares ((7) as printed: of the mean's square). L_t-rec reaches f_b through Z_j alone;
     the contrastive loss draws a j of its own (Algorithm 3: one).
     V(s), which the text leaves open, is the critic with zeros for a context: nothing trains it on these.
-    Evaluation samples all actions; the authors' tester of MEWA takes the likeliest ones in exploitation.
-    --oracle-context trains on the test split; section 5.3 does so on MEWA alone. Table 4 counts an input Gamma_t of the
-    task policy: ours has none. Without --cuda, and where the paper has no values, sizes and step sizes are ours.
+    Gamma_t of the task policy (--policy-gamma) is f_u's of the running episode alone, which the paper leaves open.
+    Without --cuda, and where the paper has no values, sizes and step sizes are ours.
 """
 
 import common  # noqa: F401  # before PyTorch: a Ctrl-C during its import leaves no traceback
@@ -66,8 +65,8 @@ from torch.utils.checkpoint import checkpoint
 from common.arguments import Above0, AtLeast0, Bounds, Count, Count0, Experiment, Fraction, Layers, flag, refuse
 from common.envs.protocol import cores
 from common.files import load_checkpoint, load_modules
-from common.memory import check_memory
-from common.networks import BoundedStd, RunningNorm, mlp, normc_
+from common.memory import check_memory, phase_1_memory
+from common.networks import Block, BoundedStd, RunningNorm, mlp, normc_, xavier_
 from common.plot import draw_contexts, draw_curves, draw_similarity
 from common.processes import check_finite, check_steps, descend
 from common.rollouts import by_episode, first_tasks, outcomes, record_step, records
@@ -115,9 +114,10 @@ class Belief:
     """The encoder g and its update (Table 6)."""
 
     belief: bool = True  # off: phase 2 alone, zeros for a context, the floor that any claim of adaptation has to beat
-    # Phase 2 alone, with the true task for a context; trains on the test split, as section 5.3 does: it asks whether a
-    # policy adapts that is told everything.
-    oracle_context: bool = False
+    oracle_context: bool = False  # phase 2 alone, with the true task for a context
+    # What it trains on. test: as section 5.3 on MEWA, which asks whether a policy adapts that is told everything; but
+    # zeros are the true context of MEWA's first task there, and it may learn its twelve tasks by heart.
+    oracle_split: Literal["train", "test"] = "test"
     belief_learning_rate: Above0 = 1e-4  # Adam's step size for encoder and heads
     belief_updates: Count = 50  # its gradient steps per iteration, each on a new batch (N_encoder)
     belief_batch: Count = 5  # tasks per gradient step (B), each with all Q meta-episodes
@@ -142,6 +142,10 @@ class LaSER:
     # Of the task policy in each of an iteration's tasks: 5 in the authors' code; 2 in MEWA's small preset (ours).
     exploit_episodes: Count = 5
     eval_episodes: Count = 20  # of it in each evaluation task, with the same context; their mean counts
+    eval_explore: Literal["sampled", "greedy"] = "sampled"  # actions of the exploration policy in evaluations
+    # Those of the task policy: the most likely in the authors' tester of MEWA; sampled in their evaluation during
+    # training, all that ML10 and Hopper have. Both sample the exploration policy's.
+    eval_exploit: Literal["sampled", "greedy"] = "greedy"
     sigma: Above0 = 0.025  # (4)
     # (4) code: exp(-w^2 / (2 sigma^2)), w the mean similarity to the episodes before, and nothing for the first; paper:
     # exp(-d^2 / sigma), where d counts the episode itself, so that it never reaches 1.
@@ -156,6 +160,9 @@ class LaSER:
     nu: Count = 250  # iterations between two copies of the task-reconstruction head to its target
     contrastive_warmup: Count0 = 1_000  # iterations without the contrastive loss (the authors' code, not the paper)
     use_gamma_in_context: bool = True  # c from Gamma and Z (9), or from Z alone, as in the authors' code
+    context_mean: bool = False  # c averaged over its valid slots before the extractor: D numbers, not L D (ours)
+    # The task policy sees Gamma_t, too: as Table 4 counts it, and in the authors' ML10 and Hopper; not in their MEWA.
+    policy_gamma: bool = False
     beta: AtLeast0 = 0.05  # (2) weight of the meta-reward (the authors' code; paper: 1.5)
     zeta: Annotated[float, Bounds(at_most=0)] = -0.15  # (3) threshold (the authors' code; paper: -0.13)
     # The advantages depend on the policy's entropy (14); detached, no gradient flows that way. The authors' are not.
@@ -171,7 +178,6 @@ class Args(LaSER, Belief, PPO, Experiment):
     num_envs: Count = 12  # tasks of an iteration (P); ours, it fits the steps that the paper counts on MEWA
     eval_interval: int = 100  # iterations of phase 2
     checkpoint_interval: Count0 = 100
-    eval_sample: bool = True  # as the authors' code
 
 
 # Arguments that an encoder is made for: with --explored, those of the other run. z's head reads B, Q and K alone.
@@ -180,7 +186,8 @@ ENCODER = (
     "explore_layers use_gamma_in_context mask_pads"
 ).split()
 # Arguments that neither --resume nor --evaluate can change, beside those that are common to all scripts.
-UNCHANGED = " ".join(["explore_iterations oracle_context belief explored exploit_episodes", *ENCODER])
+UNCHANGED = "explore_iterations oracle_context oracle_split belief explored exploit_episodes context_mean policy_gamma "
+UNCHANGED += " ".join(ENCODER)
 
 
 def check_args(args):
@@ -188,7 +195,11 @@ def check_args(args):
     size, heads = args.d_model, args.num_heads
     refuse(
         (size % (2 * heads), f"--num-heads {heads}: twice as many do not divide --d-model {size}"),
-        (args.explored and not learns(args), "--explored needs an encoder: --no-belief, --oracle-context have none"),
+        (
+            args.explored and not has_encoder(args),
+            "--explored needs an encoder: --no-belief, --oracle-context have none",
+        ),
+        (args.eval_sample, "--eval-sample: laser.py has --eval-explore and --eval-exploit"),
     )
 
 
@@ -200,14 +211,14 @@ def check_envs(args, envs):
     )
 
 
-def learns(args):
+def has_encoder(args):
     """Whether contexts are made of what was explored."""
     return args.belief and not args.oracle_context
 
 
-def explores(args):
+def has_phase_1(args):
     """Whether there is a phase 1 in this run."""
-    return learns(args) and not args.explored
+    return has_encoder(args) and not args.explored
 
 
 # ---------- 2. Networks ----------
@@ -216,10 +227,10 @@ def explores(args):
 class Agent(nn.Module):
     """Actor and critic on the embedded observation and on features: of Gamma_t for exploration, of c for the task.
 
-    extractor: what makes features of a context (.., C). The networks see [tanh(W s), features].
+    extractor: what makes features of a context (.., C). The networks see [tanh(W s), features]. gamma: Gamma_t, too.
     """
 
-    def __init__(self, args, obs_dim, action_space, extractor, context_dim, feature_dim, layers):
+    def __init__(self, args, obs_dim, action_space, extractor, context_dim, feature_dim, layers, gamma=False):
         super().__init__()
         self.discrete = hasattr(action_space, "n")
         n_out = int(action_space.n) if self.discrete else action_space.shape[0]
@@ -229,7 +240,8 @@ class Agent(nn.Module):
         self.return_norm = RunningNorm(1)
         self.obs_embed = nn.Linear(obs_dim, args.obs_embed)
         self.extractor, self.context_dim = extractor, context_dim
-        sizes = [args.obs_embed + feature_dim, *layers]
+        self.gamma_embed = nn.Linear(args.d_model, args.obs_embed) if gamma else None
+        sizes = [args.obs_embed * (1 + gamma) + feature_dim, *layers]
         self.actor, self.critic = mlp([*sizes, n_out], nn.Tanh), mlp([*sizes, 1], nn.Tanh)
         for net in (self.actor, self.critic):
             for layer in net[:-1:2]:
@@ -247,6 +259,10 @@ class Agent(nn.Module):
     def blank(self):
         """The features of no context: zeros after the normalisation (ours; the paper leaves V(s) open): (F,)."""
         return self.extractor(torch.zeros(self.context_dim, device=self.return_norm.mean.device))
+
+    def beside(self, features, gammas):
+        """features (.., F), gammas (.., D), None where this policy does not see them -> features with Gamma_t."""
+        return features if gammas is None else torch.cat([features, self.gamma_embed(gammas).tanh()], -1)
 
     def embed(self, obs, features):
         return torch.cat([self.obs_embed(self.obs_norm(obs)).tanh(), features], -1)
@@ -274,15 +290,6 @@ class Agent(nn.Module):
         return dist.log_prob(action).sum(-1), dist.entropy().sum(-1), hidden
 
 
-def xavier_(net):
-    """The authors' initialisation of context extractor and heads: Xavier's normal one, no bias."""
-    for layer in net.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    return net
-
-
 def explore_agent(args, obs_dim, action_space):
     """The exploration policy pi(a | s, Gamma_t)."""
     extractor = nn.Sequential(nn.Linear(args.d_model, args.obs_embed), nn.Tanh())
@@ -291,42 +298,10 @@ def explore_agent(args, obs_dim, action_space):
 
 def task_agent(args, obs_dim, action_space, context_dim):
     """The task policy pi(a | s, c); of the true task (G numbers), a single layer of as many units is the extractor."""
-    layers = args.context_layers if learns(args) else (context_dim,)
+    layers = args.context_layers if has_encoder(args) else (context_dim,)
     extractor = xavier_(nn.Sequential(*mlp([context_dim, *layers], nn.Tanh), nn.Tanh()))
-    return Agent(args, obs_dim, action_space, extractor, context_dim, layers[-1], args.policy_layers)
-
-
-class Block(nn.Module):
-    """x + attention from x to a memory, then x + W_2 GELU(W_1 x), without normalisation (T-Fixup needs none)."""
-
-    def __init__(self, size, num_heads, feed_forward):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
-        self.net = mlp([size, feed_forward, size], nn.GELU)
-        nn.init.xavier_uniform_(self.qkv.weight)  # as PyTorch's own attention
-        nn.init.zeros_(self.qkv.bias), nn.init.zeros_(self.out.bias)
-
-    def split(self, x):
-        """(N, L, D) -> (N, heads, L, D / heads)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def attend(self, x, keys, values, mask):
-        """Queries of x (N, L, D), keys and values (N, heads, L', .), mask bool (N, 1, L or 1, L'): True is seen."""
-        size = x.shape[-1]
-        queries = self.split(F.linear(x, self.qkv.weight[:size], self.qkv.bias[:size]))
-        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        x = x + self.out(seen.transpose(1, 2).flatten(2))
-        return x + self.net(x)
-
-    def memory(self, x):
-        """Keys and values of x (N, L', D), each (N, heads, L', .)."""
-        size = x.shape[-1]
-        return [self.split(y) for y in F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, -1)]
-
-    def forward(self, x, memory=None, mask=None):
-        """x (N, L, D), memory (N, L', D), x itself if None -> (N, L, D)."""
-        return self.attend(x, *self.memory(x if memory is None else memory), mask)
+    gamma = args.policy_gamma and has_encoder(args)
+    return Agent(args, obs_dim, action_space, extractor, context_dim, layers[-1], args.policy_layers, gamma)
 
 
 class Transformer(nn.Module):
@@ -381,6 +356,7 @@ class Encoder(nn.Module):
         size, self.episodes = args.d_model, args.episodes_per_task
         self.mask_pads, self.use_gamma, self.bfloat16 = args.mask_pads, args.use_gamma_in_context, args.cuda
         self.length, self.every_slot = self.episodes * (args.horizon + 1), args.compile  # compiled: one shape for all
+        self.context_mean = args.context_mean
         self.f_u, self.f_b = (Transformer(args, token_dim, self.length) for _ in range(2))
         pooled = args.belief_batch * args.meta_episodes * self.episodes
         self.gamma_head, self.Z_head = (mlp([size, 64, size], nn.Tanh) for _ in range(2))
@@ -446,8 +422,9 @@ class Encoder(nn.Module):
         return slots.spread(c)
 
     def task_context(self, tokens, valid, gammas):
-        """c of phase 2, with z^: gammas (N, L, D) -> (N, L D)."""
-        return self.context(self.latents(tokens, valid)[0], gammas, self.z_hat, valid).flatten(1)
+        """c of phase 2, with z^: gammas (N, L, D) -> (N, C): C = L D, or D of its mean over slots that are valid."""
+        c = self.context(self.latents(tokens, valid)[0], gammas, self.z_hat, valid)
+        return (c * valid[..., None]).sum(1) / valid.sum(1, keepdim=True) if self.context_mean else c.flatten(1)
 
 
 class TaskReconstruction(nn.Module):
@@ -533,7 +510,8 @@ def encoder_loss(encoder, heads, target, batch, obs_dim, args, contrast=True):
     error = squared_errors(heads.rec(c) - tokens, obs_dim, args)
     rec = (error * selected).sum() / selected.sum().clamp(min=1)
 
-    # L_t-rec (6)
+    # L_t-rec (6). As in the authors' code it reaches f_b through Z_j alone: the Z of all that are reconstructed, Z_j's
+    # own among them, are data. Else f_b could put into each what C needs of it, where one has to know about the others.
     tasks = torch.arange(B, device=tokens.device)
     episodes = batch["tokens"].view(B, Q, args.episodes_per_task, -1)
     Z = Z.view(B, Q, L, -1)
@@ -541,7 +519,8 @@ def encoder_loss(encoder, heads, target, batch, obs_dim, args, contrast=True):
     error = reconstruct(episodes, heads.task_rec(Z.detach(), Z[tasks, j]), j) - episodes
     task_rec = squared_errors(error.unflatten(-1, (-1, X)), obs_dim, args).mean()
 
-    # delta (7), with the mean of squares (B,), and the contrastive loss (8), whose diagonal agrees
+    # delta (7), with the mean of squares (B,), and the contrastive loss (8), whose diagonal agrees. Its j is a draw of
+    # its own, as in the authors' code (Algorithm 3 has one for both): a second meta-episode of the task is judged.
     j = torch.randint(Q, (B,), device=tokens.device)
     with torch.no_grad():
         error = reconstruct(episodes, target(Z, Z[tasks, j]), j) - episodes
@@ -630,25 +609,24 @@ def real_rows(alive):
 def ppo_update(agent, optimizer, data, epochs, minibatches, clip_coef, args, meta=False):
     """Epochs of minibatches of PPO's clipped objective on an iteration's real steps. Returns a dict of mean terms.
 
-    data: obs (T, N, S), actions (T, N, .), rewards, alive (T, N), and Gamma_t, codes (T, N, D), or the contexts (P, C)
-    of groups of neighbouring environments. meta: for the task policy, with meta-reward (2) and PFO. Its advantages
-    depend on the policy, so that they are found anew for each minibatch (14), unless beta is 0.
+    data: obs (T, N, S), actions (T, N, .), rewards, alive (T, N), gamma_t (T, N, D), if the policy sees it, and for the
+    task policy contexts (P, C) of groups of neighbouring environments. meta: for that one, with meta-reward (2) and
+    PFO. Its advantages depend on the policy, so that they are found anew for each minibatch (14), unless beta is 0.
     """
     T, N = data["alive"].shape
     rows = real_rows(data["alive"])
-    names = ("obs", "actions", "alive") if meta else ("obs", "actions", "alive", "codes")
-    b = {name: data[name].flatten(0, 1)[rows] for name in names}
+    b = {name: data[name].flatten(0, 1)[rows] for name in ("obs", "actions", "alive", "gamma_t") if name in data}
     group = rows % N // (N // len(data["contexts"])) if meta else None  # which context a step has (rows,)
     alive, count = b["alive"].float(), b["alive"].sum()
 
     def inputs(index=slice(None)):
         """Of the networks, for these of the rows. A context has many: `embedding` adds up their gradients in one
         order, where indexing would in any, as threads share the work, and a run could not be repeated bit for bit."""
-        if meta:
-            features = F.embedding(group[index], agent.extract(data["contexts"]))
-        else:
-            features = agent.extract(b["codes"][index])
-        return agent.embed(b["obs"][index], features)
+        gammas = b["gamma_t"][index] if "gamma_t" in b else None
+        if not meta:
+            return agent.embed(b["obs"][index], agent.extract(gammas))
+        features = F.embedding(group[index], agent.extract(data["contexts"]))
+        return agent.embed(b["obs"][index], agent.beside(features, gammas))
 
     def by_time(x):
         """x (rows,), back to (T, N): zeros where there is no real step."""
@@ -660,8 +638,9 @@ def ppo_update(agent, optimizer, data, epochs, minibatches, clip_coef, args, met
         b["values"] = agent.value(x)
         base = gae(data["rewards"], by_time(b["values"]), data["alive"], args)
         if meta:
-            blank = agent.embed(b["obs"], agent.blank().expand(len(rows), -1))
-            weight = by_time(meta_weight(agent.value(blank), b["values"], args))  # of idle steps 0
+            blank = agent.beside(agent.blank().expand(len(rows), -1), b.get("gamma_t"))
+            blank = agent.value(agent.embed(b["obs"], blank))
+            weight = by_time(meta_weight(blank, b["values"], args))  # of idle steps 0
     log = []
     for _ in range(epochs):
         for index in torch.randperm(len(rows), device=rows.device).tensor_split(minibatches):
@@ -763,8 +742,8 @@ class Buffer:
 def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
     """One meta-episode of the exploration policy in every environment, from a reset; f_u reads along (Algorithm 4).
 
-    Returns a dict: what common.rollouts.records has, tokens (N, L, X), valid (N, L), gammas (N, L, D), codes, the
-    Gamma_t that each action saw (T, N, D), task (N, G), and env_seconds, the time spent in `envs.step`.
+    Returns a dict: what common.rollouts.records has, tokens (N, L, X), valid (N, L), gammas (N, L, D), gamma_t, what
+    each action saw of them (T, N, D), task (N, G), and env_seconds, the time spent in `envs.step`.
     """
     N, device, (L, X), per_episode = envs.num_envs, envs.device, tokens_shape(envs), envs.horizon + 1
     tokens, valid = torch.zeros(N, L, X, device=device), torch.zeros(N, L, device=device, dtype=torch.bool)
@@ -787,29 +766,46 @@ def explore(envs, encoder, explorer, args, tasks=None, deterministic=False):
                     action = explorer.act(obs, explorer.extract(gammas[:, slot - 1]), deterministic)
                 obs, _ = record_step(envs, data, t, obs, action)
                 valid[:, slot] = data["alive"][t]
-                token = torch.cat([data["next_obs"][t], read(action), data["rewards"][t, :, None]], -1)
-                tokens[:, slot] = token * valid[:, slot, None]
+                tokens[:, slot] = token_of(data, t, read)
             gammas[:, slot] = 0 if idle else encoder.step(tokens[:, slot], slot, caches, valid)
-    data["codes"] = gammas.view(N, -1, per_episode, args.d_model)[:, :, :-1].flatten(1, 2).transpose(0, 1)
+    data["gamma_t"] = gammas.view(N, -1, per_episode, args.d_model)[:, :, :-1].flatten(1, 2).transpose(0, 1)
     return data
 
 
-def exploit(envs, agent, contexts, tasks=None, deterministic=False):
+def token_of(data, t, read):
+    """The token of step t of a rollout, zeros where it is idle: (N, X). read: common.tokens.action_input."""
+    token = torch.cat([data["next_obs"][t], read(data["actions"][t]), data["rewards"][t, :, None]], -1)
+    return token * data["alive"][t, :, None]
+
+
+def exploit(envs, agent, contexts, encoder=None, tasks=None, deterministic=False):
     """One episode of the task policy in every environment, from a reset (Algorithm 5).
 
-    contexts (P, C), of groups of N / P neighbouring environments; None: no context. Returns a dict: what
-    common.rollouts.records has, contexts, task (N, G), and env_seconds.
+    contexts (P, C), of groups of N / P neighbouring environments; None: no context. encoder: needed if the policy sees
+    Gamma_t, of f_u, which then reads this episode as the first of a meta-episode. Returns a dict: what
+    common.rollouts.records has, contexts, gamma_t (T, N, D), if seen, task (N, G), and env_seconds.
     """
-    data = records(envs) | dict(contexts=contexts)
+    data, seen, N = records(envs) | dict(contexts=contexts), agent.gamma_embed is not None, envs.num_envs
+    if seen:
+        D, read = agent.gamma_embed.in_features, action_input(envs.single_action_space, envs.device)
+        data["gamma_t"] = torch.zeros(envs.horizon, N, D, device=envs.device)
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
+        if seen:
+            caches, valid = encoder.start(N), torch.ones(N, envs.horizon + 1, dtype=torch.bool, device=envs.device)
+            token = F.pad(obs, (0, tokens_shape(envs)[1] - obs.shape[1]))
         data["task"] = info["task"].clone()
         if contexts is None:
             features = agent.blank().expand(envs.num_envs, -1)
         else:
             features = agent.extract(contexts).repeat_interleave(envs.num_envs // len(contexts), 0)
         for t in range(envs.horizon):
-            obs, _ = record_step(envs, data, t, obs, agent.act(obs, features, deterministic))
+            if seen:
+                data["gamma_t"][t] = encoder.step(token, t, caches, valid)
+            both = agent.beside(features, data["gamma_t"][t] if seen else None)
+            obs, _ = record_step(envs, data, t, obs, agent.act(obs, both, deterministic))
+            if seen:
+                token, valid[:, t + 1] = token_of(data, t, read), data["alive"][t]
             if envs.device.type == "cpu" and not (data["alive"][t] & ~data["terminated"][t]).any():
                 data["obs"][t + 1 :] = data["next_obs"][t + 1 :] = obs  # all are done: the rest would be idle
                 for name in ("actions", "rewards", "raw_rewards", "alive"):
@@ -864,7 +860,7 @@ def told_contexts(envs, args, tasks=None):
 def find_contexts(envs, encoder, explorer, args):
     """Algorithm 5, lines 2 to 4: contexts (P, C) of new tasks. Returns the number of real steps, too, and the seconds
     in environments."""
-    if not learns(args):
+    if not has_encoder(args):
         return told_contexts(envs, args), 0, 0.0
     data = explore(envs, encoder, explorer, args)
     check_steps(observation=data["obs"], next_observation=data["next_obs"], reward=data["rewards"])
@@ -886,13 +882,12 @@ def train_task_policy(agent, optimizer, data, args):
     return losses
 
 
-def contexts_by_episode(envs, encoder, explorer, args, tasks, deterministic):
-    """Contexts of the named tasks after 0 (None), 1, .., K episodes of exploration, each (N, C)."""
-    yield None
-    if not learns(args):
+def contexts_by_episode(envs, encoder, explorer, args, tasks):
+    """Contexts of the named tasks after 1, .., K episodes of exploration, each (N, C)."""
+    if not has_encoder(args):
         yield told_contexts(envs, args, tasks)
         return
-    data = explore(envs, encoder, explorer, args, tasks, deterministic)
+    data = explore(envs, encoder, explorer, args, tasks, args.eval_explore == "greedy")
     for k in range(1, args.episodes_per_task + 1):
         valid = data["valid"].clone()
         valid[:, k * (args.horizon + 1) :] = False  # as if the other episodes had not been played
@@ -900,61 +895,56 @@ def contexts_by_episode(envs, encoder, explorer, args, tasks, deterministic):
         yield encoder.task_context(tokens, valid, encoder.gammas(tokens, valid))
 
 
-def meta_test(envs, exploit_envs, encoder, explorer, agent, args, tasks, deterministic):
+def other_tasks(tasks):
+    """For each of the named tasks the number of one that is drawn from those that are another task (its own number, if
+    there is none): (N,)."""
+    names = [name.split("#")[0] for name in tasks]
+    differ = torch.tensor([[mine != its for its in names] for mine in names])
+    return torch.where(differ.any(1), (torch.rand(differ.shape) * differ).argmax(1), torch.arange(len(names)))
+
+
+def meta_test(envs, exploit_envs, encoder, explorer, agent, args, tasks):
     """Algorithm 2 in the named tasks, one for each of N `envs`, with --eval-episodes of `exploit_envs` for each.
 
-    Returns the rollout with the whole context, these environments, and episode_return, episode_success (K + 1, N):
-    means over a task's episodes, after 0 (no context), 1, .., K episodes of exploration. With --oracle-context and
-    --no-belief: without context, with it.
+    Returns the rollout with the whole context, these environments, and episode_return, episode_success (K + 2, N),
+    means over a task's episodes: with the whole context of another task; without context, zeros; and after 1, .., K
+    episodes of exploration. --oracle-context and --no-belief have three rows. What is learned of a task is how far the
+    last lies above the first, and above a run with --no-belief; zeros are an input that no policy trained on.
     """
     many, means = [name for name in tasks for _ in range(args.eval_episodes)], []
     with torch.no_grad():
-        for contexts in contexts_by_episode(envs, encoder, explorer, args, tasks, deterministic):
-            data = exploit(exploit_envs, agent, contexts, many, deterministic)
+        contexts = [*contexts_by_episode(envs, encoder, explorer, args, tasks)]
+        for context in [contexts[-1][other_tasks(tasks).to(envs.device)], None, *contexts]:
+            data = exploit(exploit_envs, agent, context, encoder, many, args.eval_exploit == "greedy")
             means.append([x.float().view(len(tasks), -1).mean(1) for x in outcomes(data, exploit_envs).values()])
     returns, success = (torch.stack(rows) for rows in zip(*means))
     return data | dict(envs=exploit_envs, episode_return=returns, episode_success=success)
 
 
 def summarise(tasks):
-    """An evaluation's scalars by name: `by_episode`, and by how much the whole context changes return and success."""
+    """An evaluation's scalars by name: `by_episode`, and how much more a task's own context brings than another's."""
     scalars = by_episode(tasks)
     del scalars["success_rate_any_episode"]  # of means over episodes there is none
     for key, word in (("return", "return"), ("success", "success_rate")):
-        rows = np.array([task[key] for task in tasks.values()])  # (tasks, K + 1)
+        rows = np.array([task[key] for task in tasks.values()])  # (tasks, K + 2)
         scalars[f"{word}_adaptation"] = float((rows[:, -1] - rows[:, 0]).mean())
     return scalars
 
 
-def after(name):
-    """return_episode_1 -> return_after_0: the first of an evaluation's numbers is that without exploration."""
+def what(name):
+    """What the rows of `meta_test` are called: return_episode_1, _2, _3 -> return_permuted, _without, _after_1."""
     word, _, number = name.rpartition("_episode_")
-    return f"{word}_after_{int(number) - 1}" if word else name
-
-
-def memory_needed(args, buffer_bytes, token_dim):
-    """Bytes of phase 1, roughly: of the weights (with Adam and the target), the buffer, and one update's batch."""
-    length, size = (args.horizon + 1) * args.episodes_per_task, args.d_model
-    block = 4 * size**2 + 2 * size * args.feed_forward
-    encoder = (2 * args.num_layers + 2) * block + 2 * token_dim * size
-    heads = (args.meta_episodes + 1) * length * size * 128  # the first matrices of h_t-rec: the rest is small
-    sequences = 2 * args.belief_batch * args.meta_episodes  # masked and not
-    kept = 2 if args.recompute else 2 * args.num_layers  # blocks whose activations wait for the backward pass
-    floats = sequences * length * ((kept + 2) * (14 * size + 2 * args.feed_forward) + 2 * args.num_layers * size)
-    masks = 3 * sequences * length**2  # of f_u, as booleans and as numbers
-    return dict(
-        weights=4 * (4 * encoder + 5 * heads), buffer=buffer_bytes, batch=floats * (2 if args.cuda else 4) + masks
-    )
+    return word + {"1": "_permuted", "2": "_without"}.get(number, f"_after_{int(number) - 2}") if word else name
 
 
 def start_phase_1(args, run, encoder, explorer):
     """What phase 1 alone needs: modules and optimisers by name, buffer and environments by name, and their bytes in a
     checkpoint. Raises BadInput where memory is short."""
     envs = run.make_envs("train", args.num_envs * args.meta_episodes)
-    envs.repeat = args.meta_episodes
+    envs.repeat, envs.phase = args.meta_episodes, 1
     length, token_dim = tokens_shape(envs)
     buffer = Buffer(min(args.buffer_size, args.explore_iterations * args.num_envs), envs, args.meta_episodes)
-    needed = memory_needed(args, buffer.size * buffer.row_bytes, token_dim)
+    needed = phase_1_memory(args, buffer.size * buffer.row_bytes, token_dim)
     advice = "choose a smaller --buffer-size, --belief-batch or --meta-episodes, or --recompute"
     print(check_memory(needed, run.device, "phase 1", advice))
     heads = Heads(args, token_dim, length).to(run.device)
@@ -972,7 +962,7 @@ def load_explored(args, script, encoder, explorer):
     saved, done = Args(**state["args"]), state["iteration"]
     last = saved.explore_iterations
     refuse(
-        (not explores(saved), f"--explored {path}: that run has no phase 1 of its own"),
+        (not has_phase_1(saved), f"--explored {path}: that run has no phase 1 of its own"),
         (done < last, f"--explored {path} is in its phase 1, at iteration {done} of {last}: --resume it first"),
     )
     for name in ENCODER:
@@ -985,8 +975,8 @@ def make_networks(args, envs):
     """Encoder, exploration policy and task policy."""
     obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
     length, token_dim = tokens_shape(envs)
-    context_dim = length * args.d_model
-    if not learns(args):
+    context_dim = args.d_model * (1 if args.context_mean else length)
+    if not has_encoder(args):
         context_dim = told_contexts(envs, args, [envs.tasks[0]] * envs.num_envs).shape[1]  # naming tasks draws none
     encoder, explorer = Encoder(args, token_dim), explore_agent(args, obs_dim, space)
     return [net.to(envs.device) for net in (encoder, explorer, task_agent(args, obs_dim, space, context_dim))]
@@ -996,13 +986,14 @@ def main(args):
     """Algorithm 1."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     refuse((not alone, "laser.py runs in one process, not under torchrun: z is a code of all tasks of a batch"))
-    with Run(args, "test" if args.oracle_context else "train", threads=cores()) as run:  # the transformers are large
+    split = args.oracle_split if args.oracle_context else "train"
+    with Run(args, split, threads=cores()) as run:  # the transformers are large
         check_args(args)
         check_envs(args, run.envs)
-        envs, phase_1 = run.envs, args.explore_iterations * explores(args)  # iterations
+        envs, phase_1 = run.envs, args.explore_iterations * has_phase_1(args)  # iterations
         last = phase_1 + args.task_iterations
         exploit_envs = run.make_envs(envs.split, args.num_envs * args.exploit_episodes, episodes_per_task=1)
-        exploit_envs.repeat = args.exploit_episodes
+        exploit_envs.repeat, exploit_envs.phase = args.exploit_episodes, 2
         encoder, explorer, agent = make_networks(args, envs)
         if args.explored and not (args.resume or args.evaluate):
             load_explored(args, run.script, encoder, explorer)
@@ -1016,11 +1007,13 @@ def main(args):
             split: run.make_envs(split, one.num_envs * args.eval_episodes, episodes_per_task=1)
             for split, one in run.eval_envs.items()
         }
+        for one in eval_exploit_envs.values():
+            one.phase = 2
         run.compile(encoder.f_u, "forward")
         run.compile(encoder.f_b, "forward")
 
         def play(envs, tasks, deterministic):
-            return meta_test(envs, eval_exploit_envs[envs.split], encoder, explorer, agent, args, tasks, deterministic)
+            return meta_test(envs, eval_exploit_envs[envs.split], encoder, explorer, agent, args, tasks)
 
         # Lines 2 to 7: the encoder and the exploration policy
         for iteration in run.iterations(phase_1, unit=" iterations", about="phase 1") if learners else ():
@@ -1034,10 +1027,10 @@ def main(args):
             if iteration > args.initial_iterations:
                 losses |= train_exploration_policy(explorer, learners["explore_optimizer"], data, args)
             run.lap("ppo")
-            if iteration == phase_1:  # lines 6 and 7; then all that phase 2 does without makes room
+            if iteration == phase_1:  # lines 6 and 7, here, so that they are in this iteration's checkpoint
                 encoder.z_hat.copy_(shared_component(encoder, stores["buffer"], args))
                 run.parts, run.own = parts, own
-                learners.clear(), stores.clear()
+                learners.clear(), stores.clear()  # phase 2 does without: room
             if args.total_timesteps and run.global_step >= args.total_timesteps:
                 run.last = last = iteration
             run.shown["explored"] = intrinsic_rewards(data["gammas"], args).sum(1).mean().item()
@@ -1053,7 +1046,7 @@ def main(args):
             # The next reset repeats each task that the next one of envs draws.
             exploit_envs.load_state_dict(envs.state_dict())
             contexts, steps, env_seconds = find_contexts(envs, encoder, explorer, args)
-            data = exploit(exploit_envs, agent, contexts)
+            data = exploit(exploit_envs, agent, contexts, encoder)
             data["env_seconds"] += env_seconds
             run.global_step += int(steps + data["alive"].sum())
             check_finite(context=contexts)
@@ -1068,10 +1061,10 @@ def main(args):
             more = {"charts/episodic_return": returns, "charts/success_rate": success}
             run.log(losses, data, more | {"charts/phase": 2, "charts/iteration": iteration})
             if run.due(args.eval_interval, since=phase_1):
-                run.evaluate(play, summarise, after)
+                run.evaluate(play, summarise, what)
             if run.stopped() or run.due(args.checkpoint_interval):
                 run.save()
-        run.finish(play, partial(draw_pictures, encoder, explorer, args), summarise, after)
+        run.finish(play, partial(draw_pictures, encoder, explorer, args), summarise, what)
 
 
 # ---------- 7. Pictures ----------
@@ -1084,7 +1077,7 @@ def draw_pictures(encoder, explorer, args, run, details):
     keys = [f"losses/encoder_{name}" for name in losses] + ["charts/exploration_return", "charts/episodic_return"]
     if (run.folder / "metrics.csv").exists():
         draw_curves(run.folder / "curves.png", run.folder, keys + ["eval/test/return", "eval/test/return_adaptation"])
-    if not learns(args):
+    if not has_encoder(args):
         return
     envs = run.eval_envs["test"]
     names = reversed(first_tasks(envs, args.eval_tasks))
@@ -1110,7 +1103,7 @@ META_WORLD = dict(
     task_iterations=9_000, belief_updates=2, belief_batch=10, buffer_size=1_000, nu=25, contrastive_warmup=10,
     sigma=0.01, beta=0.0, zeta=0.0, pfo_coef=0.0, update_epochs=2, num_minibatches=8, policy_layers=(256, 256, 128),
     context_layers=(256, 256, 128, 10), std_min=0.5, std_max=1.5, eval_episodes=1, eval_interval=500,
-    norm_inputs=True, norm_reward=True,
+    norm_inputs=True, norm_reward=True, oracle_split="train", eval_exploit="sampled", policy_gamma=True,
 )  # fmt: skip
 SMALL_SIZES = dict(  # what fits a machine without a GPU and learns there in minutes, unless --cuda; ours
     meta_episodes=4, d_model=32, num_layers=2, num_heads=4, feed_forward=128, belief_batch=4, belief_updates=8,
@@ -1120,23 +1113,25 @@ SMALL_SIZES = dict(  # what fits a machine without a GPU and learns there in min
 )  # fmt: skip
 PRESETS = {
     "MEWA": {},
+    "MEWAUniform": dict(oracle_split="train"),
     **dict.fromkeys(("ML1", "ML10", "ML45"), META_WORLD),
     "HopperMass": dict(
         explore_iterations=600, initial_iterations=30, task_iterations=2_500, belief_learning_rate=5e-4,
         belief_updates=2, belief_batch=10, buffer_size=2_000, nu=25, contrastive_warmup=15, sigma=0.003,
         explore_learning_rate=8e-5, survival_coef=0.01, learning_rate=6e-5, beta=0.0, zeta=0.0, pfo_coef=0.0,
         num_minibatches=8, policy_layers=(256, 256, 128), context_layers=(256, 256, 128, 10), eval_tasks=30,
-        eval_episodes=2, recompute=True, norm_inputs=True, norm_reward=True,
+        eval_episodes=2, recompute=True, norm_inputs=True, norm_reward=True, oracle_split="train",
+        eval_exploit="sampled", policy_gamma=True,
     ),
     # Whatever else, and your own: sizes for a small machine, with --cuda, too (ours).
-    "module:factory": SMALL_SIZES | dict(norm_inputs=True, norm_reward=True),
+    "module:factory": SMALL_SIZES | dict(norm_inputs=True, norm_reward=True, oracle_split="train"),
 }  # fmt: skip
 SMALL_ML = SMALL_SIZES | dict(
     explore_iterations=30, initial_iterations=5, contrastive_warmup=3, eval_tasks=10, belief_updates=4,
     exploit_episodes=5, task_iterations=300, eval_interval=50,
 )  # fmt: skip
 SMALL = {
-    "MEWA": SMALL_SIZES,
+    **dict.fromkeys(("MEWA", "MEWAUniform"), SMALL_SIZES),
     **dict.fromkeys(("ML1", "ML10", "ML45"), SMALL_ML),
     "HopperMass": SMALL_SIZES | dict(
         explore_iterations=60, initial_iterations=10, contrastive_warmup=5, belief_updates=4, belief_batch=2,

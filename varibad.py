@@ -728,11 +728,11 @@ PRESETS = {
     "SparsePointRobot": POINT,
     # LaSER's variBAD (its F.3 and Table 8); weight of the KL and end of a task are ours. The reward follows from
     # s, a, s' in all tasks: a reward decoder alone, as there, teaches the belief nothing; --state-coef 1 (ours) does.
-    "MEWA": POINT | dict(
+    **dict.fromkeys(("MEWA", "MEWAUniform"), POINT | dict(
         total_timesteps=7_520_000, eval_interval=100, checkpoint_interval=100, learning_rate=1e-4,
         time_limit="terminal", update_epochs=4, num_minibatches=2, clip_coef=0.2, ent_coef=0.01, ent_coef_end=0.01,
         reward_decoder="mlp", kl_coef=15 / 200,
-    ),
+    )),
     "HalfCheetahVel": LOCOMOTION,
     "HalfCheetahDir": LOCOMOTION | dict(update_epochs=16, num_minibatches=2),
     "AntDir": LOCOMOTION | dict(num_minibatches=2, belief_updates=2),
@@ -784,7 +784,9 @@ SMALL_SESSIONS = dict(  # as dynamite_rl.py's
     buffer_size=2000, kl_coef=0.001 / 400,
 )  # fmt: skip
 SMALL = {
-    **dict.fromkeys(("SparsePointRobot", "MEWA", "AntGoal"), dict(tbptt=50, elbo_terms=25, decode_terms=100)),
+    **dict.fromkeys(
+        ("SparsePointRobot", "MEWA", "MEWAUniform", "AntGoal"), dict(tbptt=50, elbo_terms=25, decode_terms=100)
+    ),
     **dict.fromkeys(("HalfCheetahDirSessions", "HalfCheetahVelSessions", "HalfCheetahWindVelSessions"), SMALL_SESSIONS),
     "HopperMass": dict(buffer_size=2000),  # 0.36 GB
     "Reacher": SMALL_SESSIONS | dict(gamma=0.9),

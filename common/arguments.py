@@ -47,9 +47,10 @@ Layers = Annotated[tuple[int, ...], Bounds(at_least=1)]
 class Experiment:
     """What is run, where, and how long."""
 
-    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, MEWA, HalfCheetahVel, HalfCheetahDir, AntDir,
-    # AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions: GridWorldAlternating,
-    # Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions, ScratchItch.
+    # GridWorld, GridWorldLDM, GridWorldExtrapolation, SparsePointRobot, MEWA, MEWAUniform, HalfCheetahVel,
+    # HalfCheetahDir, AntDir, AntGoal, HopperMass, ML1-<family>, ML10, ML45, or package.module:factory; with sessions:
+    # GridWorldAlternating, Reacher, HalfCheetahDirSessions, HalfCheetahVelSessions, HalfCheetahWindVelSessions,
+    # ScratchItch.
     env_id: str = ""
     seed: Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)] = 1  # of tasks, networks and actions
     cuda: bool = False  # train on the GPU, with the paper's sizes and steps where a CPU's preset has its own

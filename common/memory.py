@@ -44,6 +44,23 @@ def count_weights(args):
     return between + 3 * getattr(args, "hidden_dim", 0) ** 2 + sum(map(sum, hidden)) + sum(units)
 
 
+def phase_1_memory(args, buffer_bytes, token_dim):
+    """Bytes of laser.py's phase 1, roughly: of the weights (with Adam and the target), the buffer, and the batch of an
+    update of its transformers."""
+
+    length, size = (args.horizon + 1) * args.episodes_per_task, args.d_model
+    block = 4 * size**2 + 2 * size * args.feed_forward
+    encoder = (2 * args.num_layers + 2) * block + 2 * token_dim * size
+    heads = (args.meta_episodes + 1) * length * size * 128  # the first matrices of h_t-rec: the rest is small
+    sequences = 2 * args.belief_batch * args.meta_episodes  # masked and not
+    kept = 2 if args.recompute else 2 * args.num_layers  # blocks whose activations wait for the backward pass
+    floats = sequences * length * ((kept + 2) * (14 * size + 2 * args.feed_forward) + 2 * args.num_layers * size)
+    masks = 3 * sequences * length**2  # of f_u, as booleans and as numbers
+    return dict(
+        weights=4 * (4 * encoder + 5 * heads), buffer=buffer_bytes, batch=floats * (2 if args.cuda else 4) + masks
+    )
+
+
 def check_memory(needed, device, what, advice):
     """BadInput, with advice, where needed, bytes by name, does not fit on the device together. Returns a line on it."""
     free, total = free_memory(device), sum(needed.values())

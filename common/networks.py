@@ -55,6 +55,15 @@ def normc_(layer, gain):
         layer.bias.zero_()
 
 
+def xavier_(net):
+    """Xavier's normal initialisation of all linear layers, no bias."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return net
+
+
 class BoundedStd(nn.Module):
     """The deviations of `size` actions, learnt, softly between bounds: log std = low + (high - low) * sigmoid(raw)."""
 
@@ -66,6 +75,39 @@ class BoundedStd(nn.Module):
 
     def forward(self):
         return (self.low + (self.high - self.low) * self.raw.sigmoid()).exp()
+
+
+class Block(nn.Module):
+    """x + attention from x to a memory, then x + W_2 GELU(W_1 x), without normalisation (T-Fixup needs none)."""
+
+    def __init__(self, size, num_heads, feed_forward):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.net = mlp([size, feed_forward, size], nn.GELU)
+        nn.init.xavier_uniform_(self.qkv.weight)  # as PyTorch's own attention
+        nn.init.zeros_(self.qkv.bias), nn.init.zeros_(self.out.bias)
+
+    def split(self, x):
+        """(N, L, D) -> (N, heads, L, D / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def attend(self, x, keys, values, mask):
+        """Queries of x (N, L, D), keys and values (N, heads, L', .), mask bool (N, 1, L or 1, L'): True is seen."""
+        size = x.shape[-1]
+        queries = self.split(F.linear(x, self.qkv.weight[:size], self.qkv.bias[:size]))
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return x + self.net(x)
+
+    def memory(self, x):
+        """Keys and values of x (N, L', D), each (N, heads, L', .)."""
+        size = x.shape[-1]
+        return [self.split(y) for y in F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, -1)]
+
+    def forward(self, x, memory=None, mask=None):
+        """x (N, L, D), memory (N, L', D), x itself if None -> (N, L, D)."""
+        return self.attend(x, *self.memory(x if memory is None else memory), mask)
 
 
 class GRU(nn.GRU):

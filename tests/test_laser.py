@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -88,11 +89,10 @@ def test_parameters_of_table_4():
     assert count(laser.explore_agent(args, 18, box)) == 109_193
     task = laser.task_agent(args, 18, box, 204 * 128)
     assert count(task.extractor) == 3_375_488
-    # The table's policy sees Gamma_t as well, in 64 units; the authors' runs do not.
-    extractor = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Tanh())
-    both = laser.Agent(args, 18, box, extractor, 128, 64 + 128, args.policy_layers)
-    assert count(both) == 141_961
-    total = count(encoder, heads, both, task.extractor, laser.explore_agent(args, 18, box))
+    # The table's policy sees Gamma_t as well, in 64 units; the authors' runs of MEWA do not.
+    both = laser.task_agent(dataclasses.replace(args, policy_gamma=True), 18, box, 204 * 128)
+    assert count(both) - count(both.extractor) == 141_961 and not hasattr(task.gamma_embed, "weight")
+    total = count(encoder, heads, both, laser.explore_agent(args, 18, box))
     assert total + 51 * 128 * 128 == 78_394_281 and total + 51 * 128 * 128 - count(heads) == 8_111_314
     four = SimpleNamespace(n=4)
     encoder, heads = laser.Encoder(args, 19 + 4 + 1), laser.Heads(args, 19 + 4 + 1, 204)
@@ -143,7 +143,7 @@ def test_online_equals_offline(mask_pads, tasks):
     offline = s.encoder.gammas(data["tokens"], data["valid"])
     torch.testing.assert_close(data["gammas"], offline, atol=1e-5, rtol=0)
     codes = torch.cat([offline.transpose(0, 1)[51 * k : 51 * k + 50] for k in range(3)])  # those that actions saw
-    torch.testing.assert_close(data["codes"], codes, atol=1e-5, rtol=0)
+    torch.testing.assert_close(data["gamma_t"], codes, atol=1e-5, rtol=0)
 
 
 def test_gamma_knows_nothing_of_later_slots(mewa):
@@ -654,11 +654,11 @@ def test_contexts_grow_with_exploration(mewa):
     """After k episodes the context is that of a meta-episode in which the others were not played."""
     names = mewa.envs.tasks[:12]
     torch.manual_seed(0)
-    blank, *contexts = laser.contexts_by_episode(mewa.envs, mewa.encoder, mewa.explorer, mewa.args, names, False)
+    contexts = [*laser.contexts_by_episode(mewa.envs, mewa.encoder, mewa.explorer, mewa.args, names)]
     torch.manual_seed(0)
     data = laser.explore(mewa.envs, mewa.encoder, mewa.explorer, mewa.args, names)
     whole = mewa.encoder.task_context(data["tokens"], data["valid"], data["gammas"])
-    assert blank is None and len(contexts) == 3
+    assert len(contexts) == 3
     torch.testing.assert_close(contexts[-1], whole, atol=1e-5, rtol=1e-5)
     first = contexts[0].view(12, 63, 8)
     assert (
@@ -675,11 +675,47 @@ def test_contexts_grow_with_exploration(mewa):
     torch.testing.assert_close(contexts[0], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_gamma_of_the_task_policy():
+    """--policy-gamma: what f_u makes of the running episode up to each step, in the rollout, in the log-probabilities
+    that the update begins with, and beside the zeros of V(s). Idle steps among them."""
+    s = setup(policy_gamma=True, horizon=30)
+    [p.data.add_(0.3 * torch.randn_like(p)) for p in s.agent.parameters()]
+    envs, contexts = make_envs("MEWA", 6, horizon=30, episodes_per_task=1), torch.randn(3, s.L * 8)
+    envs.repeat = 2
+    data = laser.exploit(envs, s.agent, contexts, s.encoder)
+    alive = data["alive"]
+    assert not alive.all()
+    actions = torch.nn.functional.one_hot(data["actions"], 4)
+    tokens = torch.cat([data["next_obs"], actions, data["rewards"][..., None]], -1) * alive[..., None]
+    first = torch.cat([data["obs"][:1], torch.zeros(1, 6, 5)], -1)
+    tokens, valid = torch.cat([first, tokens]), torch.cat([torch.ones_like(alive[:1]), alive])
+    later = torch.zeros(62, 6, 24)  # of the other episodes of a meta-episode
+    gammas = s.encoder.gammas(torch.cat([tokens, later]).transpose(0, 1), torch.cat([valid, later[..., 0] > 0]).T)
+    expected = gammas.transpose(0, 1)[:30] * alive[..., None]
+    torch.testing.assert_close(data["gamma_t"] * alive[..., None], expected, atol=1e-5, rtol=0)
+
+    def look(contexts):
+        features = s.agent.extractor(contexts).repeat_interleave(2, 0).expand(30, -1, -1)
+        x = [s.agent.obs_embed(data["obs"]), s.agent.gamma_embed(data["gamma_t"])]
+        return torch.cat([x[0].tanh(), features, x[1].tanh()], -1)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s.agent, "forward", lambda x, action: found.append(x) or laser.Agent.forward(s.agent, x, action))
+        patch.setattr(s.agent, "value", lambda x: found.append(x) or laser.Agent.value(s.agent, x))
+        patch.setattr(laser, "descend", lambda *_: None)
+        with torch.no_grad():
+            laser.ppo_update(s.agent, None, data, 1, 1, 0.2, s.args, meta=True)
+            known, blank = look(contexts)[alive], look(torch.zeros_like(contexts))[alive]
+    torch.testing.assert_close(found[:3], [known, known, blank])  # of the policy, V(s, c), V(s)
+
+
 @pytest.mark.parametrize("env_id", ["MEWA", "SparsePointRobot"])
-def test_meta_device(env_id, monkeypatch):
+@pytest.mark.parametrize("gamma", [False, True])
+def test_meta_device(gamma, env_id, monkeypatch):
     """One iteration of each phase where tensors have shapes and no data: a second device, or a wait, raises."""
     device, mewa = torch.device("meta"), env_id == "MEWA"
-    s = setup(env_id)
+    s = setup(env_id, policy_gamma=gamma)
     with device:
         X, L = (24 if mewa else 5), 39
         encoder, heads = laser.Encoder(s.args, X), laser.Heads(s.args, X, L)
@@ -706,7 +742,8 @@ def test_meta_device(env_id, monkeypatch):
         contexts = encoder.task_context(data["tokens"], data["valid"], data["gammas"])
     exploit_envs = make_envs(env_id, 24, device=device, horizon=12, episodes_per_task=1)
     exploit_envs.repeat = 2
-    data = laser.exploit(exploit_envs, agent, contexts)
+    data = laser.exploit(exploit_envs, agent, contexts, encoder)
+    assert ("gamma_t" in data) == gamma
     data["rewards"] = laser.normalise_rewards(data["rewards"], data["alive"], agent.return_norm, s.args)
     laser.ppo_update(agent, torch.optim.Adam(agent.parameters()), data, 1, 2, 0.1, s.args, meta=True)
 
@@ -756,11 +793,11 @@ def test_what_a_run_leaves(trained):
     assert all((folder / name).stat().st_size > 5000 for name in pictures)
     result = json.loads((folder / "eval.json").read_text())
     tasks = result["tasks"]["test"]
-    assert list(tasks) == [f"MEWA/{i}#0" for i in range(4)] and all(len(t["return"]) == 4 for t in tasks.values())
-    for k in range(4):
+    assert list(tasks) == [f"MEWA/{i}#0" for i in range(4)] and all(len(t["return"]) == 5 for t in tasks.values())
+    for k, which in enumerate(("permuted", "without", "after_1", "after_2", "after_3")):
         mean = sum(task["return"][k] for task in tasks.values()) / 4
-        assert result[f"eval/test/return_after_{k}"] == pytest.approx(mean)
-    difference = result["eval/test/return_after_3"] - result["eval/test/return_after_0"]
+        assert result[f"eval/test/return_{which}"] == pytest.approx(mean)
+    difference = result["eval/test/return_after_3"] - result["eval/test/return_permuted"]
     assert result["eval/test/return_adaptation"] == pytest.approx(difference)
     keys = {key for _, key, _ in metrics(folder)[1:]}
     losses = {f"losses/encoder_{name}" for name in ("rec", "task_rec", "contrastive", "regulariser")}
@@ -771,21 +808,21 @@ def test_what_a_run_leaves(trained):
 
 
 def test_names_of_an_evaluation():
-    """Means over tasks, after 0, 1, 2 episodes, in the environment's score, too."""
+    """Means over tasks, of the two floors, and after 1, 2 episodes, in the environment's score, too."""
     tasks = {
-        "a/0": dict({"return": [1.0, 3.0, 2.0]}, success=[0.0, 1.0, 0.5]),
-        "b/0": dict({"return": [6.0, 1.0, 8.0]}, success=[0.25, 0.0, 1.0]),
+        "a/0": dict({"return": [0.0, 1.0, 3.0, 2.0]}, success=[0.5, 0.0, 1.0, 0.5]),
+        "b/0": dict({"return": [5.0, 6.0, 1.0, 8.0]}, success=[0.0, 0.25, 0.0, 1.0]),
     }
-    assert {laser.after(name): value for name, value in laser.summarise(tasks).items()} == pytest.approx(
+    assert {laser.what(name): value for name, value in laser.summarise(tasks).items()} == pytest.approx(
         {
-            "return_after_0": 3.5, "return_after_1": 2, "return_after_2": 5, "return": 5, "return_adaptation": 1.5,
-            "return/a": 2, "return/b": 8, "success_rate_after_0": 0.125, "success_rate_after_1": 0.5,
-            "success_rate_after_2": 0.75, "success_rate": 0.75, "success_rate_adaptation": 0.625,
-            "success_rate/a": 0.5, "success_rate/b": 1,
+            "return_permuted": 2.5, "return_without": 3.5, "return_after_1": 2, "return_after_2": 5, "return": 5,
+            "return_adaptation": 2.5, "return/a": 2, "return/b": 8, "success_rate_permuted": 0.25,
+            "success_rate_without": 0.125, "success_rate_after_1": 0.5, "success_rate_after_2": 0.75,
+            "success_rate": 0.75, "success_rate_adaptation": 0.5, "success_rate/a": 0.5, "success_rate/b": 1,
         }
     )  # fmt: skip
-    names = ["score_episode_1", "score_episode_12", "score", "score/MEWA/3", "best_fixed_score"]
-    assert [laser.after(name) for name in names] == ["score_after_0", "score_after_11", *names[2:]]
+    names = ["score_episode_1", "score_episode_2", "score_episode_13", "score", "score/MEWA/3", "best_fixed_score"]
+    assert [laser.what(name) for name in names] == ["score_permuted", "score_without", "score_after_11", *names[3:]]
 
 
 def test_evaluation_again(trained, tmp_path, capsys):
@@ -854,16 +891,16 @@ def test_phase_2_of_another_run(trained, tmp_path):
     assert not other.keys() & PHASE_1 and {k for _, k, _ in metrics(tmp_path)} >= {"charts/episodic_return"}
 
 
-@pytest.mark.parametrize("context", ["--no-belief", "--oracle-context"])
+@pytest.mark.parametrize("context", ["--no-belief", "--oracle-context", "--oracle-context --oracle-split train"])
 def test_floor_and_ceiling(context, tmp_path, monkeypatch):
-    """Phase 2 alone: with zeros, or the true task of the test split, for a context."""
+    """Phase 2 alone: with zeros, or the true task, for a context; of which split is said, or the preset's."""
     made, exploit = [], laser.exploit
     monkeypatch.setattr(laser, "exploit", lambda *a: made.append(exploit(*a)) or made[-1])
-    end = run(tmp_path, context, eval_interval=0)
+    end = run(tmp_path, *context.split(), eval_interval=0)
     assert end["iteration"] == 3 and not end.keys() & PHASE_1
     for data in made[:3]:
         truth = data["task"][::2]
-        assert torch.equal(data["contexts"], truth if context == "--oracle-context" else torch.zeros(3, 1))
+        assert torch.equal(data["contexts"], truth if "--oracle" in context else torch.zeros(3, 1))
         twelve = make_envs("MEWA", 1, "test").task_table[:12]
         known = (truth[:, None] == twelve).all(-1).any(1)
         assert known.all() if context == "--oracle-context" else not known.any()
@@ -993,21 +1030,35 @@ def test_policy_learns_to_use_the_task(tmp_path):
     assert result["eval/test/return"] > 6 and result["eval/test/return_adaptation"] > 4
 
 
-def test_evaluation_episodes_differ():
-    """MEWA: the episodes of one evaluation task, and a context's and the task policy's, are not the same mistakes."""
-    envs = make_envs("MEWA", 8, "test", horizon=50, episodes_per_task=1)
-    envs.reset(tasks=["MEWA/9#0"] * 4 + ["MEWA/9#1"] * 4)
-    assert len({tuple(u.tolist()) for u in envs.u.T}) == 8
-    first = envs.u.clone()
-    envs.reset(tasks=["MEWA/9#0"] * 4 + ["MEWA/9#1"] * 4)
-    assert torch.equal(first, envs.u)  # and the same in each evaluation
-    two = [make_envs("MEWA", n, horizon=50, episodes_per_task=k) for n, k in ((3, 4), (15, 1))]
-    two[1].repeat = 5
-    for envs in two:
-        envs.reset()
-    assert torch.equal(two[0].task.repeat_interleave(5, 0), two[1].task)
-    streams = {tuple(u.tolist()) for u in two[0].u.view(4, 50, 3).transpose(1, 2).flatten(0, 1)}
-    assert len(streams) == 12 and not streams & {tuple(u.tolist()) for u in two[1].u.T}
+@pytest.mark.parametrize("env_id", ["MEWA", "HopperMass"])
+def test_draws_are_never_shared(env_id, tmp_path, monkeypatch):
+    """Mistakes, first states: those of a phase, an iteration, an episode and an environment are nobody else's. With one
+    meta-episode and one exploitation episode of a task all environments play the same tasks."""
+    seen = []  # (who plays, a row for each episode of each environment)
+
+    def record(play, envs, *rest, **named):
+        data = play(envs, *rest, **named)
+        shape = envs.episodes_per_task, envs.horizon, envs.num_envs, -1
+        if env_id == "MEWA":
+            rows = envs.u.view(shape).transpose(1, 2).flatten(0, 1).flatten(1)
+        else:
+            rows = data["obs"].view(shape)[:, 0].flatten(0, 1)
+        seen.append(((play.__name__, envs.split, envs.named is None), {tuple(row.tolist()) for row in rows}, len(rows)))
+        return data
+
+    for play in (laser.explore, laser.exploit):
+        monkeypatch.setattr(laser, play.__name__, functools.partial(record, play))
+    words = "--meta-episodes 1 --exploit-episodes 1 --horizon 12 --eval-tasks 3 --task-iterations 2".split()
+    run(tmp_path, "--env-id", env_id, *words, eval_interval=0)
+    assert {who for who, *_ in seen} >= {(play, "train", True) for play in ("explore", "exploit")}
+    training, evaluation = ([one for one in seen if one[0][2] is drawn] for drawn in (True, False))
+    assert [count for *_, count in training] == [9, 9, 9, 9, 3, 9, 3]
+    assert len(set().union(*(rows for _, rows, _ in training))) == 51
+    of = {}
+    for who, rows, count in evaluation:  # the same each time, so that contexts are compared under the same mistakes
+        assert len(rows) == count and of.setdefault(who, rows) == rows
+    of["training"] = set().union(*(rows for _, rows, _ in training))
+    assert len(of) == 5 and len(set().union(*of.values())) == sum(map(len, of.values()))
 
 
 def test_partial_contexts_without_masks():
@@ -1015,7 +1066,7 @@ def test_partial_contexts_without_masks():
     s = setup(mask_pads=False)
     names = s.envs.tasks[:12]
     torch.manual_seed(0)
-    _, first, *_ = laser.contexts_by_episode(s.envs, s.encoder, s.explorer, s.args, names, False)
+    first, *_ = laser.contexts_by_episode(s.envs, s.encoder, s.explorer, s.args, names)
     torch.manual_seed(0)
     data = laser.explore(s.envs, s.encoder, s.explorer, s.args, names)
     tokens, valid = (torch.cat([data[k][:, :13], torch.zeros_like(data[k][:, 13:])], 1) for k in ("tokens", "valid"))

@@ -12,16 +12,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest, qmc
 
 import ldm
 import varibad
 from common.envs import BadInput, make_envs
-from common.envs.mewa import DEVIATION, MEAN, REFERENCES, TEST_TASKS
+from common.envs.mewa import DEVIATION, MEAN, TEST_TASKS
+from common.envs.mewa import REFERENCES as ALL_REFERENCES
 from tests import mewa_plain as plain
 from tests.test_scripts import ALL, metrics, parse, resume_equals_straight, run
 
 RECORDED = json.loads((Path(__file__).parent / "mewa_reference.json").read_text())
-TASKS = np.array(TEST_TASKS)
+TASKS, REFERENCES = np.array(TEST_TASKS), ALL_REFERENCES["MEWA"]
 START = plain.START
 
 
@@ -76,6 +78,35 @@ def worth(model, p, policy):
     for probabilities in reversed(policy):
         value = (probabilities * q_values(model, p, value)).sum(1)
     return value[0]
+
+
+def test_exact_values_of_uniform_tasks(model):
+    """Those in the code, of the 24 held-out tasks; and what is worth what under the uniform law: one policy for all,
+    the posterior mean of four random episodes, the best for each task."""
+    held_out = make_envs("MEWAUniform", 24, "test").task_table[:24].double().numpy()
+    uniform, one = [np.full((len(model.states), 4), 0.25)] * plain.HORIZON, solve(model, held_out.mean(0))[1]
+    for p, *known in zip(held_out, *ALL_REFERENCES["MEWAUniform"].values()):
+        found = worth(model, p, uniform), solve(model, p)[0], worth(model, p, one)
+        np.testing.assert_allclose(found, known, atol=1e-5, rtol=0)
+
+    law = qmc.Sobol(4, rng=0).random(32)  # they fill the cube evenly: a mean over a few is near that over all
+    rng, one = np.random.default_rng(0), solve(model, np.full(4, 0.5))[1]
+    risk, rows = np.concatenate([law, np.zeros((32, 1))], 1), np.arange(32)
+    met, mistaken = np.zeros((2, 32, 5))
+    for _ in range(4):
+        state = np.zeros(32, int)
+        for _ in range(plain.HORIZON):
+            action = rng.integers(4, size=32)
+            kind = model.chance[state, action]
+            miss = rng.random(32) < risk[rows, kind]
+            met[rows, kind] += model.going[state]
+            mistaken[rows, kind] += miss * model.going[state]
+            state = np.where(model.going[state], model.after[state, action, miss.astype(int)], state)
+    posterior = ((mistaken + 1) / (met + 2))[:, :4]  # of a uniform prior
+    mean = np.mean([worth(model, p, one) for p in law])
+    informed = np.mean([worth(model, p, solve(model, guess)[1]) for p, guess in zip(law, posterior)])
+    best = np.mean([solve(model, p)[0] for p in law])
+    assert [mean, informed, best] == pytest.approx([-4.51, -2.73, -2.41], abs=0.15)
 
 
 def task_agnostic(state):
@@ -353,6 +384,31 @@ def test_tasks():
     assert not {tuple(p) for p in pool.tolist()} & {tuple(p) for p in test.task_table.tolist()}
     names = ["MEWA/3"] * 2000 + ["MEWA/7"] * 2000
     assert torch.equal(train.reset(names)[1]["task"], pool[[3] * 2000 + [7] * 2000])
+
+
+def test_uniform_tasks():
+    """Other tasks, all else alike: uniform in training; in the test split 24 of them, four times, and MEWA's names."""
+    test, train = make_envs("MEWAUniform", 24, "test"), make_envs("MEWAUniform", 2000, seed=2)
+    own, names = [f"MEWAUniform/{i}#{n}" for n in range(4) for i in range(24)], make_envs("MEWA", 1, "test").tasks
+    assert test.tasks == own + names and train.tasks == [f"MEWAUniform/{i}" for i in range(108)]
+    first = test.reset(own[:24])[1]["task"]
+    assert torch.equal(first, test.reset(own[72:])[1]["task"]) and len(first.unique(dim=0)) == 24
+    assert torch.equal(test.reset(names[12:36])[1]["task"], torch.tensor(TEST_TASKS * 2))
+    pool = train.drawn_from
+    assert torch.equal(pool, make_envs("MEWAUniform", 1, seed=8).drawn_from)
+    assert torch.isin(train.reset()[1]["task"], pool).all()
+    assert not {tuple(p) for p in pool.tolist()} & {tuple(p) for p in test.task_table.tolist()}
+    for x in pool.T.numpy():
+        assert kstest(x, "uniform").pvalue > 0.01
+    assert abs(np.corrcoef(pool.T) - np.eye(4)).max() < 0.08
+    exact = ALL_REFERENCES["MEWAUniform"]
+    returns = {f"MEWAUniform/{i}#{n}": [exact["random"][i], exact["optimal"][i]] for i in range(24) for n in range(2)}
+    returns |= {f"MEWA/{i}#0": [REFERENCES["random"][i], REFERENCES["best_fixed"][i]] for i in range(12)}
+    scalars = test.score(returns)
+    assert scalars["score_episode_1"] == pytest.approx(0) and scalars["score_episode_2"] == pytest.approx(1)
+    assert [scalars[f"{name}/MEWA"] for name in ("score", "best_fixed_score")] == pytest.approx([0.941] * 2, abs=5e-4)
+    assert scalars["best_fixed_score"] == pytest.approx((7.2697 - 4.4996) / (7.2697 - 2.3193), abs=1e-3)
+    assert scalars["score/MEWA/9"] == pytest.approx(1, abs=1e-4) and len(scalars) == 4 + 2 + 36
 
 
 def test_score():

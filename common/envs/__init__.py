@@ -51,6 +51,7 @@ FAMILIES = {  # env_id -> "module:factory"; Meta-World's ids (ML1-<family>, ML10
     "GridWorldAlternating": "common.envs.gridworld:GridWorldAlternating",
     "SparsePointRobot": "common.envs.pointrobot:SparsePointRobot",
     "MEWA": "common.envs.mewa:MEWA",
+    "MEWAUniform": "common.envs.mewa:MEWAUniform",
     "HalfCheetahVel": "common.envs.locomotion:HalfCheetahVel",
     "HalfCheetahDir": "common.envs.locomotion:HalfCheetahDir",
     "AntDir": "common.envs.locomotion:AntDir",

@@ -30,6 +30,7 @@ DEVIATION = 0.12
 TRAIN_TASKS = 3000
 FOR_MISTAKES = 4  # the last part of a key of `generator`, as in common/envs/sessions.py
 REPEATS = 9  # of each test task in an evaluation, as in the paper: a single episode says little
+HELD_OUT, HELD_OUT_REPEATS = 24, 4  # tasks of MEWAUniform's test split beside those, and the repeats of each
 TEST_TASKS = (  # Table 3, to all digits; the last six are out of the training distribution
     (0.0, 0.0, 0.0, 0.0),
     (0.05, 0.0, 0.0, 0.0),
@@ -45,17 +46,27 @@ TEST_TASKS = (  # Table 3, to all digits; the last six are out of the training d
     (0.9721256458759311, 0.9676112854480747, 0.9269818121194838, 0.8843222865462301),
 )
 # Exact returns of the test tasks (raw, undiscounted, 50 steps), by dynamic programming over all states: of random
-# actions, of the best policy for each task, and of one policy for all twelve, the best for the mean of their
+# actions, of the best policy for each task, and of one policy for all of a family, the best for the mean of their
 # probabilities.
 # fmt: off
-REFERENCES = {
+REFERENCES = {"MEWA": {
     "random": (-3.55038, -3.56378, -3.57722, -3.76160, -4.39160, -7.45891,
                -7.85304, -7.11244, -8.36073, -9.53743, -10.70902, -10.89939),
     "optimal": (-1.59915, -1.68593, -1.69384, -1.69384, -1.91832, -3.60342,
                 -4.29401, -2.14281, -4.74734, -3.33376, -7.43099, -9.22139),
     "best_fixed": (-2.14281, -2.14281, -2.14281, -2.14281, -2.14281, -3.60342,
                    -4.30138, -2.14281, -4.75414, -3.33378, -7.46516, -9.25468),
-}
+}, "MEWAUniform": {
+    "random": (-5.72850, -8.40043, -6.93459, -5.31088, -6.13088, -6.18033, -9.07578, -8.44730,
+               -8.70871, -7.07400, -8.70044, -6.19227, -8.83058, -7.19772, -8.13518, -5.30836,
+               -8.64452, -7.11858, -7.17354, -4.86361, -9.92266, -7.93810, -7.53111, -4.92406),
+    "optimal": (-2.23538, -3.40189, -2.17028, -2.03625, -2.30597, -2.14557, -2.91906, -1.99671,
+                -1.90035, -2.46782, -2.87334, -2.25891, -2.06696, -1.81688, -1.86587, -2.01711,
+                -3.34787, -3.04141, -2.28597, -2.02402, -2.75289, -1.98498, -1.77720, -1.97165),
+    "best_fixed": (-11.00108, -6.01797, -2.82701, -3.56910, -2.30597, -7.09386, -2.91906, -1.99671,
+                   -1.90035, -3.06101, -2.87334, -8.11503, -2.06696, -2.00383, -5.60545, -2.16466,
+                   -3.34787, -7.79435, -9.77093, -4.27129, -2.75289, -1.98498, -1.77720, -10.76962),
+}}
 # fmt: on
 
 # What a colour has: PARTS[code % 4], blocks in its structure and whether there was a mistake; and whether a structure
@@ -120,16 +131,15 @@ class MEWA(TensorEnvs):
         if horizon < SHORTEST:
             raise BadInput(f"horizon must be at least {SHORTEST} steps, which a castle takes, not {horizon}")
         super().__init__(num_envs, split, seed, device, horizon, episodes_per_task)
-        count = REPEATS * len(TEST_TASKS)
         if split == "test":
-            self.tasks = [f"MEWA/{i}#{n}" for n in range(REPEATS) for i in range(len(TEST_TASKS))]
-            drawn_from = torch.tensor(TEST_TASKS)
-            self.task_table = drawn_from.repeat(REPEATS, 1)
+            sets = self.test_sets()
+            self.tasks = [f"{name}/{i}#{n}" for name, p, repeats in sets for n in range(repeats) for i in range(len(p))]
+            self.task_table = torch.cat([p.repeat(repeats, 1) for _, p, repeats in sets])
+            drawn_from = torch.cat([p for _, p, _ in sets])
         else:
-            self.tasks = [f"MEWA/{i}" for i in range(count)]
-            p = generator(0, split, 0, 0, FOR_TASKS).normal(MEAN, DEVIATION, (TRAIN_TASKS, len(MEAN)))
-            drawn_from = torch.from_numpy(p).float()
-            self.task_table = drawn_from[:count]
+            drawn_from = self.draw_tasks(split, TRAIN_TASKS)
+            self.task_table = drawn_from[: REPEATS * len(TEST_TASKS)]
+            self.tasks = [f"{type(self).__name__}/{i}" for i in range(len(self.task_table))]
         self.drawn_from = drawn_from.to(self.device)
         self.obs, self.level, self.chance, self.after = (x.to(self.device).contiguous() for x in rules())
         raw = torch.tensor(REWARDS, dtype=torch.float64)
@@ -138,6 +148,15 @@ class MEWA(TensorEnvs):
         last = normalised - worst / (best - worst)
         self.raw_rewards, self.rewards, self.last_rewards = (x.float().to(self.device) for x in (raw, normalised, last))
         self.reward_values = torch.cat([self.rewards, self.last_rewards, torch.zeros(1, device=self.device)])
+
+    def test_sets(self):
+        """Of the test split: the family's name, its tasks (., 4), and under how many names each comes."""
+        return [("MEWA", torch.tensor(TEST_TASKS), REPEATS)]
+
+    def draw_tasks(self, split, count):
+        """The fixed draws of a split, the same ones with every seed: float32 (count, 4)."""
+        p = generator(0, split, 0, 0, FOR_TASKS).normal(MEAN, DEVIATION, (count, len(MEAN)))
+        return torch.from_numpy(p).float()
 
     def goals(self, u):
         return self.drawn_from[(u[:, 0] * len(self.drawn_from)).long()]
@@ -182,19 +201,45 @@ class MEWA(TensorEnvs):
         score/<task>        of a task's last episode
         best_fixed_score    of a policy that does not adapt, `best_fixed`: 0.941 for all twelve tasks. A score below it
                             is no evidence of adaptation; a difference between episodes is
+        The first and the last are those of the family that is named as the environment; of another one that it
+        evaluates in there are score/<family> and best_fixed_score/<family>.
         Nothing, where there are no exact references: for other splits and horizons.
         """
         if self.split != "test" or self.horizon != 50:
             return {}
-        rows = {}
+        rows, scalars = {}, {}
         for name, episodes in returns.items():
             rows.setdefault(name.split("#")[0], []).append(episodes)
-        means = np.stack([np.mean(episodes, 0) for episodes in rows.values()])  # (tasks, K)
-        numbers = [int(task.split("/")[1]) for task in rows]
-        random, optimal, best_fixed = (np.array(REFERENCES[key])[numbers] for key in REFERENCES)
-        episodes = (means.mean(0) - random.mean()) / (optimal.mean() - random.mean())
-        scalars = {f"score_episode_{k + 1}": float(score) for k, score in enumerate(episodes)}
-        scalars["score"] = float(episodes[-1])
-        scalars["best_fixed_score"] = float((best_fixed - random).mean() / (optimal - random).mean())
-        each = (means[:, -1] - random) / (optimal - random)
-        return scalars | {f"score/{task}": float(score) for task, score in zip(rows, each)}
+        for family in dict.fromkeys(task.split("/")[0] for task in rows):
+            tasks = [task for task in rows if task.split("/")[0] == family]
+            means = np.stack([np.mean(rows[task], 0) for task in tasks])  # (tasks, K)
+            numbers = [int(task.split("/")[1]) for task in tasks]
+            random, optimal, best_fixed = (np.array(values)[numbers] for values in REFERENCES[family].values())
+            episodes = (means.mean(0) - random.mean()) / (optimal.mean() - random.mean())
+            own = family == type(self).__name__
+            if own:
+                scalars |= {f"score_episode_{k + 1}": float(score) for k, score in enumerate(episodes)}
+            fixed = float((best_fixed - random).mean() / (optimal - random).mean())
+            end = "" if own else f"/{family}"
+            scalars |= {f"score{end}": float(episodes[-1]), f"best_fixed_score{end}": fixed}
+            each = (means[:, -1] - random) / (optimal - random)
+            scalars |= {f"score/{task}": float(score) for task, score in zip(tasks, each)}
+        return scalars
+
+
+class MEWAUniform(MEWA):
+    """MEWA with other tasks (ours): independent probabilities, uniform between 0 and 1.
+
+    MEWA's training tasks are so alike that to know which one it is pays little: in raw return -2.386 for the best
+    policy of the mean task, -2.246 for the posterior after four random episodes, -2.156 for the best of each task. Here
+    it is -4.34, -2.72, -2.36: the place to see whether something is learned of a task.
+
+    Train: 3,000 fixed draws. Test: the 12 tasks of MEWA under their names, and 24 draws, each under four names,
+    "MEWAUniform/<i>#<n>". The scores of the two are reported apart.
+    """
+
+    def test_sets(self):
+        return [("MEWAUniform", self.draw_tasks("test", HELD_OUT), HELD_OUT_REPEATS), *super().test_sets()]
+
+    def draw_tasks(self, split, count):
+        return torch.from_numpy(generator(0, split, 0, 0, FOR_TASKS).random((count, len(MEAN)))).float()

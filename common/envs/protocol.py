@@ -32,6 +32,8 @@ Evaluation, splits, random draws
     envs.repeat                  1, to be set before a reset: so many neighbours share a task, as environment i draws it
                                  with row i // repeat. P * repeat environments then have the tasks of P with repeat 1;
                                  first states, and all else that is random within a task, differ all the same
+    envs.phase                   0, to be set before a reset: with another number the tasks are the same, and all that
+                                 is random within them differs; for those who play the same tasks twice (laser.py)
     state_dict, load_state_dict  all that decides later draws: the number of resets so far
 
 What may be absent
@@ -135,7 +137,7 @@ class TensorEnvs:
         self.meta_horizon = horizon * episodes_per_task
         self.single_observation_space = Box(-np.inf, np.inf, (self.obs_dim,), np.float32)
         self.families = [type(self).__name__]
-        self.resets, self.repeat = 0, 1
+        self.resets, self.repeat, self.phase = 0, 1, 0
         self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
         self.false = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self.true = ~self.false
@@ -169,21 +171,20 @@ class TensorEnvs:
     def draws(self, purpose, dim):
         """Random numbers in [0, 1) for the episode that begins, float64 (N, dim). purpose: an integer for their use.
 
-        Row i depends on (seed, split, resets, i, episode, repeat), or on the task's name, how often it was named before
-        i, and the split and the episode: an evaluation has the same draws with every seed.
+        Row i depends on (seed, split, resets, i, episode, phase), or on the task's name, how often it was named before
+        i, and the split, the episode and the phase: an evaluation has the same draws with every seed. No two of these
+        share a row; but those of another `dim` do: who plays a task in environments of another size needs a phase.
         """
-        key = self.elapsed // self.horizon, purpose
+        key = self.elapsed // self.horizon, purpose, self.phase
         if self.named is None:
-            if self.repeat > 1:
-                key = *key, self.repeat
             return generator(self.seed, self.split, self.resets, *key).random((self.num_envs, dim))
         rows = [self.tasks.index(name) for name in self.named]
         nth, count = [], Counter()  # how often environment i's task was named before
         for row in rows:
             nth.append(count[row])
             count[row] += 1
-        keys = [key, *[(*key, n) for n in range(1, max(nth) + 1)]]
-        u = [generator(0, self.split, 0, *k).random((len(self.tasks), dim)) for k in keys]  # a table for each n
+        tables = [generator(0, self.split, 0, *key, n) for n in range(max(nth) + 1)]
+        u = [table.random((len(self.tasks), dim)) for table in tables]
         return np.stack([u[n][row] for n, row in zip(nth, rows)])
 
     def state_dict(self):

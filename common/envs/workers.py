@@ -92,7 +92,7 @@ class WorkerVectorEnv:
         self._task = dict(zip(self.tasks, tasks))
         self._names = {family: [n for n in self.tasks if self._task[n][0] == family] for family in families}
         self._drawn_from = [family for family in families if self._names[family]]  # the families of this split
-        self.resets, self.repeat = 0, 1
+        self.resets, self.repeat, self.phase = 0, 1, 0
         self.elapsed = self.meta_horizon  # steps since reset(): a step before the first reset is one too many
 
         num_workers = max(1, min(num_workers or cores(), num_envs))
@@ -135,6 +135,7 @@ class WorkerVectorEnv:
         else:
             check_tasks(self, tasks)
             seeds = range(self.num_envs)
+        seeds = [(seed + (self.phase << 30)) % 2**32 for seed in seeds]
         self._named, self._current = tasks, [self._task[name] for name in tasks]
         # A family's environments go to one worker where they can: they share caches, and no worker needs all families.
         order = sorted(range(self.num_envs), key=lambda i: self.families.index(self._current[i][0]))
