@@ -178,6 +178,7 @@ class Args(LaSER, Belief, PPO, Experiment):
     num_envs: Count = 12  # tasks of an iteration (P); ours, it fits the steps that the paper counts on MEWA
     eval_interval: int = 100  # iterations of phase 2
     checkpoint_interval: Count0 = 100
+    eval_sample: bool = True  # of continuous policies, too, there is one evaluation: as its own two arguments say
 
 
 # Arguments that an encoder is made for: with --explored, those of the other run. z's head reads B, Q and K alone.
@@ -199,7 +200,7 @@ def check_args(args):
             args.explored and not has_encoder(args),
             "--explored needs an encoder: --no-belief, --oracle-context have none",
         ),
-        (args.eval_sample, "--eval-sample: laser.py has --eval-explore and --eval-exploit"),
+        (not args.eval_sample, "--no-eval-sample: laser.py has --eval-explore and --eval-exploit"),
     )
 
 
@@ -986,7 +987,7 @@ def main(args):
     """Algorithm 1."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     refuse((not alone, "laser.py runs in one process, not under torchrun: z is a code of all tasks of a batch"))
-    split = args.oracle_split if args.oracle_context else "train"
+    split = args.oracle_split if args.oracle_context else ""
     with Run(args, split, threads=cores()) as run:  # the transformers are large
         check_args(args)
         check_envs(args, run.envs)

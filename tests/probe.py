@@ -1,9 +1,13 @@
-"""What a saved belief knows: python -m tests.probe runs/<run>/checkpoint.pt, of varibad.py or dme.py
+"""What a saved belief knows: python -m tests.probe runs/<run>/checkpoint.pt, of varibad.py, dme.py or laser.py
 
 Rolls out the saved policy on the training and the held-out tasks. Then, after so many steps of a meta-episode: how much
 of the task's variance a linear probe reads from the belief (R^2 on held-out tasks, fitted on training tasks; 1 is all,
 0 none), and the decoder's squared error on the rewards of the next 15 steps and on all still to come, beside their
 variances. The errors say what the belief is worth: R^2 may fall with them, where the code is not linear.
+
+Of laser.py: after so many episodes of exploration, R^2 from the context c and from its mean over slots, and on MEWA
+that of Bayes' rule from the mistakes that these episodes saw, which no probe can beat; for all numbers of a task and,
+where these are at most four, for each. Fitted on tasks that the training split draws, and judged on others of it.
 """
 
 import argparse
@@ -55,9 +59,86 @@ def reward_error(script, model, args, data, first, last):
     return error, steps["rewards"][steps["alive"]].var().item()
 
 
+FIT, HELD = 480, 120  # tasks of laser.py's probe
+
+
+def linear_probe(fit, task, held):
+    """What ridge regression from fit (N, C) to task (N, G) says of held (M, C): (M, G). C may be far above N."""
+    mean, std, offset = fit.mean(0), fit.std(0) + 1e-4, task.mean(0)
+    fit, held = ((x - mean) / std / fit.shape[1] ** 0.5 for x in (fit, held))  # rows of norm 1, roughly
+    kernel = fit @ fit.T
+    return held @ fit.T @ torch.linalg.solve(kernel + 0.01 * torch.eye(len(fit)), task - offset) + offset
+
+
+def r_squared(found, task):
+    """Of all numbers together and, where they are at most four, of each: a line."""
+    error, spread = (x.square().sum(0) for x in (found - task, task - task.mean(0)))
+    each = (1 - error / spread).tolist() if task.shape[1] <= 4 else []
+    return " ".join(f"{x:5.2f}" for x in [(1 - error.sum() / spread.sum()).item(), *each])
+
+
+def mistakes(obs, actions, next_obs, alive):
+    """MEWA: how often each of the four chances of a mistake was met, and how often there was one: (N, 4) each.
+
+    obs, next_obs (T, N, 19), actions, alive (T, N).
+    """
+    (left, size), choice = (obs[..., :4], obs[..., 4:12:2]), actions[..., None]
+    critical = (size.gather(-1, choice) == 1) & (left.gather(-1, choice) > 0) & alive[..., None]
+    met = critical & ((size > 0).sum(-1, keepdim=True) - 1 == torch.arange(4))
+    mistaken = next_obs[..., 5:12:2].gather(-1, choice) == 1
+    return met.sum(0), (met & mistaken).sum(0)
+
+
+def bayes(prior, met, mistaken):
+    """The posterior mean (N, 4) of tasks that `prior` (M, 4) lists, all as likely."""
+    log = (prior.clamp(1e-6, 1).log(), (1 - prior).clamp(1e-6, 1).log())
+    likelihood = mistaken.double() @ log[0].T.double() + (met - mistaken).double() @ log[1].T.double()  # (N, M)
+    return (likelihood.softmax(1) @ prior.double()).float()
+
+
+@torch.no_grad()
+def probe_contexts(path):
+    """laser.py's table."""
+    script = importlib.import_module("laser")
+    inherited = dict(explored=script.ENCODER)
+    args = parse_args(script.Args, script.PRESETS, script.SMALL, ["--evaluate", path], inherited)
+    refuse((not script.has_encoder(args), f"{path} has no context to probe"))
+    with Run(args) as run:
+        encoder, explorer, _ = script.make_networks(args, run.envs)
+        load_modules(path, run.state, dict(encoder=encoder, explorer=explorer))
+        rounds, K = [], args.episodes_per_task
+        while sum(len(one["task"]) for one in rounds) < FIT + HELD:
+            data = script.explore(run.envs, encoder, explorer, args)
+            one = dict(task=data["task"])
+            for k in range(1, K + 1):
+                valid = data["valid"].clone()
+                valid[:, k * (args.horizon + 1) :] = False
+                tokens = data["tokens"] * valid.unsqueeze(-1)
+                c = encoder.context(
+                    *encoder.latents(tokens, valid)[:1], encoder.gammas(tokens, valid), encoder.z_hat, valid
+                )
+                one[f"c{k}"], one[f"mean{k}"] = c.flatten(1), c.sum(1) / valid.sum(1, keepdim=True)
+                if hasattr(run.envs, "chance"):
+                    steps = [data[name][: k * args.horizon] for name in ("obs", "actions", "next_obs", "alive")]
+                    one[f"bayes{k}"] = bayes(run.envs.drawn_from.clamp(0, 1), *mistakes(*steps))
+            rounds.append(one)
+        found = {name: torch.cat([one[name] for one in rounds]) for name in rounds[0]}
+        task = found["task"].clamp(0, 1) if hasattr(run.envs, "chance") else found["task"]
+    print(f"{'episodes':>8}  {'from':<10} R^2")
+    for k in range(1, K + 1):
+        for name in ("c", "mean"):
+            x = found[f"{name}{k}"]
+            print(f"{k:>8}  {name:<10} {r_squared(linear_probe(x[:FIT], task[:FIT], x[FIT:]), task[FIT:])}")
+        if f"bayes{k}" in found:
+            print(f"{k:>8}  {'Bayes':<10} {r_squared(found[f'bayes{k}'][FIT:], task[FIT:])}")
+
+
 def main(path):
     torch.manual_seed(0)
-    script = importlib.import_module(load_checkpoint(path, "varibad", "dme")["script"])
+    name = load_checkpoint(path, "varibad", "dme", "laser")["script"]
+    if name == "laser":
+        return probe_contexts(path)
+    script = importlib.import_module(name)
     data, model, args = collect(script, path)
     train, test = data.get("train", data["test"]), data["test"]
     T = len(test["rewards"])

@@ -19,6 +19,7 @@ import laser
 from common.arguments import flag, parse_args
 from common.envs import BadInput, make_envs
 from common.tokens import Slots
+from tests import probe
 from tests.test_belief import check, signals  # noqa: F401
 from tests.test_scripts import command, metrics, same
 
@@ -807,6 +808,42 @@ def test_what_a_run_leaves(trained):
     assert end["processes"][0].keys() == {"envs", "exploit_envs", "rng"}
 
 
+def test_other_tasks():
+    """Any other task, as likely as the next one, whatever its name's number; its own place where there is none."""
+    torch.manual_seed(0)
+    names = [f"MEWA/{i}#{n}" for n in range(2) for i in range(5)]
+    drawn = torch.stack([laser.other_tasks(names) for _ in range(2000)])
+    counts = torch.stack([(drawn == j).sum(0) for j in range(10)], 1)  # (of, drawn)
+    same_task = torch.arange(10)[:, None] % 5 == torch.arange(10) % 5
+    assert not counts[same_task].any() and (counts[~same_task] - 250).abs().max() < 5 * (250 * 7 / 8) ** 0.5
+    assert laser.other_tasks(["a/0#0", "a/0#1"]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("explores, exploits", [("sampled", "greedy"), ("greedy", "sampled")])
+def test_meta_test(explores, exploits, mewa, monkeypatch):
+    """What the task policy is given, and whose context: another task's, none, its own after 1, 2, 3 episodes; in all of
+    them the same episodes. Either policy's actions are sampled as its own argument says."""
+    calls, explore, exploit = [], laser.explore, laser.exploit
+    monkeypatch.setattr(laser, "explore", lambda *a: calls.append(a) or explore(*a))
+    monkeypatch.setattr(laser, "exploit", lambda *a: calls.append(a) or exploit(*a))
+    args = dataclasses.replace(mewa.args, eval_explore=explores, eval_exploit=exploits)
+    names, envs = [f"MEWA/{i}" for i in range(12)], make_envs("MEWA", 24, horizon=20, episodes_per_task=1)
+    torch.manual_seed(0)
+    data = laser.meta_test(mewa.envs, envs, mewa.encoder, mewa.explorer, mewa.agent, args, names)
+    assert data["episode_return"].shape == data["episode_success"].shape == (5, 12)
+    (*_, tasks, greedy), *rest = calls
+    assert tasks == names and greedy == (explores == "greedy")
+    for played, _, _, _, many, greedy in rest:
+        assert played is envs and many == [name for name in names for _ in range(2)]
+        assert greedy == (exploits == "greedy")
+    permuted, none, *own = [call[2] for call in rest]
+    assert none is None and len(own) == 3 and data["contexts"] is own[-1]
+    given = (permuted[:, None] == own[-1]).all(-1)  # (for, of)
+    assert given.any(1).all() and not given.diagonal().any()
+    returns = data["raw_rewards"].sum(0).view(12, 2).mean(1)
+    torch.testing.assert_close(data["episode_return"][-1], returns)
+
+
 def test_names_of_an_evaluation():
     """Means over tasks, of the two floors, and after 1, 2 episodes, in the environment's score, too."""
     tasks = {
@@ -823,6 +860,35 @@ def test_names_of_an_evaluation():
     )  # fmt: skip
     names = ["score_episode_1", "score_episode_2", "score_episode_13", "score", "score/MEWA/3", "best_fixed_score"]
     assert [laser.what(name) for name in names] == ["score_permuted", "score_without", "score_after_11", *names[3:]]
+
+
+def test_probe(trained, capsys, monkeypatch):
+    """python -m tests.probe: after 1, 2, 3 episodes R^2 of the context, its mean, Bayes' rule: of all, and each."""
+    monkeypatch.setattr(probe, "FIT", 30), monkeypatch.setattr(probe, "HELD", 12)
+    probe.main(str(trained[0] / "checkpoint.pt"))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [[f"{k}", name] for k in (1, 2, 3) for name in ("c", "mean", "Bayes")]
+    assert all(len(row) == 7 and all(float(x) <= 1 for x in row[2:]) for row in rows)
+
+
+def test_parts_of_the_probe():
+    """Mistakes as they happened, as often as the task's probabilities say; Bayes' rule with a prior in closed form;
+    ridge regression finds what is linear in more numbers than there are rows, and nothing where nothing is."""
+    s = setup("MEWAUniform", num_envs=200, buffer_size=200, meta_episodes=1, horizon=50, episodes_per_task=4)
+    data = laser.explore(s.envs, s.encoder, s.explorer, s.args)
+    met, mistaken = probe.mistakes(*(data[name] for name in ("obs", "actions", "next_obs", "alive")))
+    expected = data["task"] * met
+    deviation = (expected * (1 - data["task"])).sum(0).sqrt()
+    assert met.sum(0).min() > 100 and ((mistaken.sum(0) - expected.sum(0)).abs() < 4 * deviation).all()
+    assert ((mistaken <= met) & (mistaken >= 0)).all()
+    grid = torch.cartesian_prod(*[torch.linspace(0.05, 0.95, 10)] * 4)  # a uniform prior, in cells
+    found = probe.bayes(grid, met[:20], mistaken[:20])
+    torch.testing.assert_close(found, (mistaken[:20] + 1) / (met[:20] + 2), atol=0.03, rtol=0)
+    y = torch.randn(200, 3)
+    x = y @ torch.randn(3, 300) + 3 * torch.randn(200, 300)
+    words = probe.r_squared(probe.linear_probe(x[:150], y[:150], x[150:]), y[150:]).split()
+    assert len(words) == 4 and float(words[0]) > 0.8
+    assert float(probe.r_squared(probe.linear_probe(x[:150], torch.randn(150, 3), x[150:]), y[150:]).split()[0]) < 0.1
 
 
 def test_evaluation_again(trained, tmp_path, capsys):
@@ -950,6 +1016,7 @@ def test_a_nan_stops_the_run(tmp_path, monkeypatch, capsys):
         ("--belief-batch 100000 --buffer-size 6", "GB are free"),
         ("--num-heads 3", "--num-heads 3"),
         ("--zeta 0.1", "--zeta"),
+        ("--no-eval-sample", "--eval-explore"),
         ("--nu 0", "--nu"),
         ("--sigma -1", "--sigma"),
         ("--buffer-size 2", "--buffer-size 2"),
@@ -1059,6 +1126,19 @@ def test_draws_are_never_shared(env_id, tmp_path, monkeypatch):
         assert len(rows) == count and of.setdefault(who, rows) == rows
     of["training"] = set().union(*(rows for _, rows, _ in training))
     assert len(of) == 5 and len(set().union(*of.values())) == sum(map(len, of.values()))
+
+
+def test_mean_of_a_context(mewa):
+    """--context-mean: over the slots that are valid, of one, two and three episodes."""
+    encoder, batch = copy.deepcopy(mewa.encoder), {name: x[0] for name, x in mewa.batch.items()}
+    encoder.context_mean = True
+    for k in (1, 2, 3):
+        valid = batch["valid"] & (torch.arange(63) < 21 * k)
+        tokens = batch["tokens"] * valid[..., None]
+        gammas = encoder.gammas(tokens, valid)
+        whole = mewa.encoder.task_context(tokens, valid, gammas).view(4, 63, 8)
+        expected = torch.stack([c[real].mean(0) for c, real in zip(whole, valid)])
+        torch.testing.assert_close(encoder.task_context(tokens, valid, gammas), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_partial_contexts_without_masks():

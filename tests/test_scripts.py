@@ -390,7 +390,7 @@ def test_probe(trained, capsys):
     """python -m tests.probe, on what it is for: rows of steps, of which one number is known, the rewards' variance."""
     script, folder, _ = trained
     if script in (ldm, dynamite_rl):
-        with pytest.raises(BadInput, match=f"is a checkpoint of {script.__name__}, not of varibad or dme"):
+        with pytest.raises(BadInput, match=f"is a checkpoint of {script.__name__}, not of varibad or dme or laser"):
             probe.main(str(folder / "checkpoint.pt"))
         return
     probe.main(str(folder / "checkpoint.pt"))
