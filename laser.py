@@ -793,8 +793,8 @@ def exploit(envs, agent, contexts, encoder=None, tasks=None, deterministic=False
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
         if seen:
-            caches, valid = encoder.start(N), torch.ones(N, envs.horizon + 1, dtype=torch.bool, device=envs.device)
-            token = F.pad(obs, (0, tokens_shape(envs)[1] - obs.shape[1]))
+            caches, token = encoder.start(N), F.pad(obs, (0, tokens_shape(envs)[1] - obs.shape[1]))
+            valid = torch.ones(N, envs.horizon, dtype=torch.bool, device=envs.device)  # idle are at most the last ones
         data["task"] = info["task"].clone()
         if contexts is None:
             features = agent.blank().expand(envs.num_envs, -1)
@@ -806,7 +806,7 @@ def exploit(envs, agent, contexts, encoder=None, tasks=None, deterministic=False
             both = agent.beside(features, data["gamma_t"][t] if seen else None)
             obs, _ = record_step(envs, data, t, obs, agent.act(obs, both, deterministic))
             if seen:
-                token, valid[:, t + 1] = token_of(data, t, read), data["alive"][t]
+                token = token_of(data, t, read)
             if envs.device.type == "cpu" and not (data["alive"][t] & ~data["terminated"][t]).any():
                 data["obs"][t + 1 :] = data["next_obs"][t + 1 :] = obs  # all are done: the rest would be idle
                 for name in ("actions", "rewards", "raw_rewards", "alive"):
