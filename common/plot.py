@@ -2,12 +2,13 @@
 
 The command draws learning curves and adaptation over the episodes of a task, a line for each group of seeds, and prints
 their last values as a Markdown table. Lines are interquartile means over seeds (up to three seeds: means), bands are
-95 % bootstrap intervals of them.
+95 % bootstrap intervals of them. With --grid it draws a panel for each environment and a line for each algorithm.
 """
 
 import argparse
 import csv
 import difflib
+import functools
 import json
 import math
 import re
@@ -34,6 +35,21 @@ NO_SETTING = set(
 )
 NAMES = {"varibad": "variBAD", "dme": "DME", "ldm": "LDM", "dynamite_rl": "DynaMITE-RL", "laser": "LaSER"}
 MAX_POINTS = 200  # of a curve
+# --grid: environment -> what is drawn of its test tasks, and beside it what bounds it, one number or one an episode
+PANELS = {
+    "GridWorld": ("return", {"Bayes-optimal": [4.0, 11.071, 11.071, 11.071]}),  # exact: tests/test_envs.py
+    "SparsePointRobot": ("return", {}),
+    "GridWorldLDM": ("success_rate", {"over-fitted": 3 / 27}),  # goals on the best path for the training goals
+    "HalfCheetahVel": ("return", {"at rest": -350}),  # -200 v, in the mean of the test velocities of --split-rule ldm
+    "GridWorldAlternating": ("return", {"Bayes-optimal": 42.25, "blind to\nchanges": 41.36}),  # tests/test_sessions.py
+    "Reacher": ("return", {"at rest": -68}),  # zero action: tests/test_sessions.py
+    "MEWAUniform": ("score", {"best possible": 1, "same for\nall tasks": 0.56}),  # exact: common/envs/mewa.py
+    "HopperMass": ("return", {"random": 17}),
+    "ML1-reach": ("success_rate", {"blind, greedy": 0.18}),  # at the goals' centre; sampled actions reach more
+    "ML10": ("success_rate", {}),
+}
+LENGTH = {"total_timesteps", "task_iterations", "elbo_terms", "decode_terms"}  # may differ between seeds of a line
+ALGORITHMS = [*"variBAD DME LDM RL2 DynaMITE-RL LaSER".split(), "without belief"]  # in the order of their colours
 
 
 def belief_panel(axis, path, goal, maps, horizon, scale=1):
@@ -357,11 +373,16 @@ def read_run(folder):
     return SimpleNamespace(folder=folder, config=config, metrics=metrics)
 
 
-def read_runs(folders):
-    """Each run of the folders, of which there is one at least. Raises BadInput."""
+def read_runs(folders, smooth=1):
+    """Each run of the folders, of which there is one at least; its values means of so many rows. Raises BadInput."""
     if not folders:
         raise BadInput("which runs? name at least one run's folder")
-    return [read_run(folder) for folder in folders]
+    if smooth < 1:
+        raise BadInput(f"--smooth must be at least 1, not {smooth}")
+    runs = [read_run(folder) for folder in folders]
+    for run in runs if smooth > 1 else ():
+        run.metrics = {name: np.stack([x, moving_average(y, smooth)]) for name, (x, y) in run.metrics.items()}
+    return runs
 
 
 def last_returns(folder):
@@ -378,6 +399,12 @@ def last_returns(folder):
     return returns
 
 
+def method(config):
+    """The name of a run's algorithm."""
+    name = NAMES.get(config["script"], config["script"])
+    return "RL2" if name == "LDM" and config.get("num_mixture_workers") == 0 else name
+
+
 def label_runs(runs, but=()):
     """Label -> its runs: of one method and one environment, with the same arguments (NO_SETTING and `but` aside).
 
@@ -386,13 +413,12 @@ def label_runs(runs, but=()):
     """
 
     def kind(run):
-        name = NAMES.get(run.config["script"], run.config["script"])
-        return "RL2" if name == "LDM" and run.config.get("num_mixture_workers") == 0 else name, run.config["env_id"]
+        return method(run.config), run.config["env_id"]
 
     groups, several = {}, len({run.config["env_id"] for run in runs}) > 1
     for run in runs:
-        method, env_id = kind(run)
-        words = [f"{method} on {env_id}" if several else method]
+        name, env_id = kind(run)
+        words = [f"{name} on {env_id}" if several else name]
         peers = [peer.config for peer in runs if kind(peer) == kind(run)]
         for name in dict.fromkeys(name for config in peers for name in config if name not in {*NO_SETTING, *but}):
             value = run.config.get(name, False)
@@ -489,17 +515,30 @@ def find_episodes(runs, name):
     return "", {}
 
 
+def follow(label, runs, key):
+    """The steps (S) that all runs have, and the key's interquartile mean and interval there (3, S). Says who is behind.
+
+    Raises BadInput.
+    """
+    steps = common_steps(label, runs, key)
+    ends = {run.metrics[key][0, -1]: run.folder for run in runs}
+    if len(ends) > 1:
+        print(f"plot: {label} stops at step {steps[-1]:,.0f}, the last of {ends[min(ends)]}", file=sys.stderr)
+    return steps, interquartile_mean(values_at(runs, key, steps))
+
+
+def at_step(runs, keys, step):
+    """The interquartile means and intervals of keys at one step: (3, K). Raises BadInput."""
+    return interquartile_mean(np.concatenate([values_at(runs, key, [step]) for key in keys], axis=1))
+
+
 def compare(folders, key, out, smooth=1):
     """learning_curves.png and adaptation.png in the folder `out`; returns the table, lines of Markdown.
 
     Its values, and the adaptation's, are those at the last step that all runs of a group have reached; each is the mean
     of a run's last `smooth` rows. Raises BadInput.
     """
-    runs = read_runs(folders)
-    if smooth < 1:
-        raise BadInput(f"--smooth must be at least 1, not {smooth}")
-    for run in runs if smooth > 1 else ():
-        run.metrics = {name: np.stack([x, moving_average(y, smooth)]) for name, (x, y) in run.metrics.items()}
+    runs = read_runs(folders, smooth)
     keys = sorted({name for run in runs for name in run.metrics})
     if key not in keys:
         near = ", ".join(difflib.get_close_matches(key, keys, n=5, cutoff=0)) or "none at all"
@@ -515,17 +554,11 @@ def compare(folders, key, out, smooth=1):
     curves, adaptation, xlabel = {}, {}, ""
     table = [f"| group | seeds | steps | {describe(key)}: IQM [95 % interval] | by episodes |", "|---" * 5 + "|"]
     for label, members in groups.items():
-        steps = common_steps(label, members, key)
-        ends = {run.metrics[key][0, -1]: run.folder for run in members}
-        if len(ends) > 1:
-            print(f"plot: {label} stops at step {steps[-1]:,.0f}, the last of {ends[min(ends)]}", file=sys.stderr)
         legend = f"{label} ({len(members)} seed{'s' * (len(members) > 1)})"
-        curve = interquartile_mean(values_at(members, key, steps))
-        curves[legend] = steps, curve
+        steps, curve = curves[legend] = follow(label, members, key)
         words, episodes = find_episodes(members, f"{split}/{name}")
         if episodes:
-            values = np.concatenate([values_at(members, episode, steps[-1:]) for episode in episodes.values()], axis=1)
-            adaptation[legend], xlabel = (np.array([*episodes]), interquartile_mean(values)), words
+            adaptation[legend], xlabel = (np.array([*episodes]), at_step(members, episodes.values(), steps[-1])), words
         cells = [show(*column) for column in adaptation[legend][1].T] if episodes else ["-"]
         table.append(f"| {label} | {len(members)} | {steps[-1]:,.0f} | {show(*curve[:, -1])} | {', '.join(cells)} |")
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -535,6 +568,162 @@ def compare(folders, key, out, smooth=1):
         draw_lines(Path(out, "adaptation.png"), adaptation, xlabel, ylabel, "; ".join(notes))
     else:
         print(f"plot: no picture of the adaptation, as no run has {split}/{name}_episode_1", file=sys.stderr)
+    return table
+
+
+def why_not(run, members):
+    """Why --grid does not draw a run with the `members` of its line, in words; "" where it does."""
+    config, env_id = run.config, run.config["env_id"]
+    if env_id not in PANELS:
+        return f"{env_id} has no panel"
+    if method(config) not in ALGORITHMS:
+        return f"{method(config)} is none of {', '.join(ALGORITHMS)}"
+    if env_id == "HalfCheetahVel" and config.get("split_rule") != "ldm":
+        return "the panel of HalfCheetahVel is of --split-rule ldm"
+    for name, value in config.items():
+        if value is True and name.startswith(("no_", "oracle")) and name != "no_belief":
+            return f"it is an ablation or an oracle: {describe_argument(name, value)}"
+    for first in members[:1]:
+        for name in dict.fromkeys([*first.config, *config]):
+            values = first.config.get(name, False), config.get(name, False)
+            if values[0] != values[1] and name not in NO_SETTING | LENGTH and not name.startswith("eval_"):
+                return f"{describe_argument(name, values[1])} is not as in {Path(first.folder).name}"
+    if config["seed"] in {member.config["seed"] for member in members}:
+        return f"seed {config['seed']} of {method(config)} on {env_id} is drawn already"
+    return ""
+
+
+def choose_runs(runs):
+    """environment -> algorithm -> its runs: the first one there is, and further seeds of it, of any length. Says which
+    are left out, and why."""
+    chosen, left = {env_id: {} for env_id in PANELS}, {}
+    for run in runs:
+        lines = chosen.get(run.config["env_id"], {})
+        name = "without belief" if run.config.get("no_belief") else method(run.config)
+        why = why_not(run, lines.get(name, []))
+        (left.setdefault(why, []) if why else lines.setdefault(name, [])).append(run)
+    for why, members in left.items():
+        print(f"plot: left out, as {why}: {', '.join(Path(run.folder).name for run in members)}", file=sys.stderr)
+    return chosen
+
+
+def last_episode(runs, names):
+    """Of the first of the names that all runs have: the key of its last episode, and episode -> key; "", {} if none."""
+    for name in names:
+        words, episodes = find_episodes(runs, name)
+        if words.startswith("episodes of exploration"):  # k of them come before episode k + 1; without any it is blind
+            episodes = {k + 1: key for k, key in episodes.items() if k > 0}
+        for key in [name, *[*episodes.values()][-1:]]:
+            if all(key in run.metrics for run in runs):
+                return key, episodes
+    return "", {}
+
+
+def read_panel(env_id, groups):
+    """Of an environment: algorithm -> its curve, steps (S) and (3, S); algorithm -> its adaptation, episodes (K) and
+    (3, K); what that is of: the panel's measure if all runs have it by episodes, else return; rows of a table.
+
+    Raises BadInput.
+    """
+
+    def find(word):
+        prefixes = ["eval/test/sampled/"] * env_id.startswith("ML") + ["eval/test/"]
+        return {label: last_episode(runs, [prefix + word for prefix in prefixes]) for label, runs in groups.items()}
+
+    word, _ = PANELS[env_id]
+    found = by_episode = find(word)
+    if not all(episodes for _, episodes in found.values()):
+        word, by_episode = "return", find("return")
+    curves, adaptation, rows = {}, {}, []
+    for label, (key, _) in found.items():
+        runs, episodes = groups[label], by_episode[label][1]
+        if not key:
+            print(f"plot: {label} on {env_id} has no {PANELS[env_id][0]} and is left out", file=sys.stderr)
+            continue
+        steps, curve = curves[label] = follow(f"{label} on {env_id}", runs, key)
+        if len(episodes) > 1:
+            adaptation[label] = np.array([*episodes]), at_step(runs, episodes.values(), steps[-1])
+        cells = [show(*column) for column in adaptation[label][1].T] if len(episodes) > 1 else ["-"]
+        row = [env_id, label, str(len(runs)), f"{steps[-1]:,.0f}", show(*curve[:, -1]), ", ".join(cells)]
+        rows.append(f"| {' | '.join(row)} |")
+    return curves, adaptation, word, rows
+
+
+def draw_panel(axes, env_id, curves, adaptation, word):
+    """What `read_panel` returns: in the first of the axes the curves, in the second one, if any, the adaptation; dashed
+    what bounds them, named on the right."""
+    measure, bounds = PANELS[env_id]
+    for axis, lines, what in zip(axes, (curves, adaptation), (measure, word)):
+        for label, (x, (y, low, high)) in lines.items():
+            i = ALGORITHMS.index(label)
+            axis.plot(x, y, color=f"C{i}", marker="osDP^vX"[i] if len(x) < 15 else "", ms=6, lw=2, label=label)
+            axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1M
+        axis.grid(alpha=0.3)
+        if what == "success_rate":
+            axis.set_ylim(-0.03, 1.03)
+    axes[0].set_xlim(0)
+    measured = axes if word == measure else axes[:1]
+    for i, (label, values) in enumerate(bounds.items()):
+        values = np.atleast_1d(values)
+        for axis in measured:
+            if axis is axes[0] or len(values) == 1:
+                axis.axhline(values[-1], color="0.4", ls="--", zorder=1)
+            else:
+                axis.plot(range(1, len(values) + 1), values, color="0.4", ls="--", zorder=1)
+        style = dict(va=("bottom", "top")[i] if len(bounds) > 1 else "center", color="0.4", fontsize="small")
+        place = dict(xycoords=("axes fraction", "data"), xytext=(5, 0), textcoords="offset points")
+        measured[-1].annotate(label, (1, values[-1]), **place, **style)
+
+
+def draw_grid(file, panels, note):
+    """One PNG: two columns of panels, and above them the legend with its title `note`. panels: environment -> title,
+    and curves, adaptation and word of `read_panel`."""
+    with plt.rc_context({"font.size": 13, "axes.titlesize": 14, "axes.titlelocation": "left"}):
+        figure = plt.figure(figsize=(16, 1.4 * len(panels) + 1), layout="constrained")
+        grid = figure.add_gridspec(-(-len(panels) // 2), 4, width_ratios=[3, 2, 3, 2])
+        for i, (env_id, (title, curves, adaptation, word)) in enumerate(panels.items()):
+            row, column = i // 2, i % 2 * 2
+            axes = [figure.add_subplot(grid[row, column : column + (1 if adaptation else 2)], title=title)]
+            if not curves:
+                axes[0].set(xticks=[], yticks=[])
+                continue
+            if adaptation:
+                same = word == PANELS[env_id][0]
+                axes.append(figure.add_subplot(grid[row, column + 1], sharey=axes[0] if same else None))
+                axes[1].set_title("by episode" if same else f"{word} by episode")
+                axes[1].tick_params(labelleft=not same)
+            draw_panel(axes, env_id, curves, adaptation, word)
+        handles = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
+        labels = [label for label in ALGORITHMS if label in handles]
+        figure.legend(
+            [handles[x] for x in labels], labels, title=note, loc="outside upper center", ncols=len(ALGORITHMS)
+        )
+        figure.savefig(file, dpi=100)
+        plt.close(figure)
+
+
+def benchmark(folders, out, smooth=1):
+    """benchmark.png in the folder `out`, of the runs behind the README if there are no folders; returns its numbers,
+    lines of Markdown. Raises BadInput."""
+    results = Path(__file__).parents[1] / ".github/results"
+    runs = read_runs(folders or sorted(path.parent for path in results.glob("*/config.json")), smooth)
+    table = ["| environment | algorithm | seeds | steps | last episode: IQM [95 % interval] | by episodes |"]
+    table.append("|---" * 6 + "|")
+    panels = {}
+    for env_id, groups in choose_runs(runs).items():
+        *panel, rows = read_panel(env_id, groups)
+        many = sorted({len(members) for members in groups.values()})
+        seeds = f"{'-'.join(map(str, many[:: max(len(many) - 1, 1)]))} seed{'s' * (many[-1:] > [1])}"
+        measure = PANELS[env_id][0].replace("success_rate", "success")
+        panels[env_id] = f"{env_id}: {f'{measure} ({seeds})' if rows else 'not run'}", *panel
+        table += rows
+    note = "left: over environment steps; right: by episode of a task (LaSER: of which all but the last explored)\n"
+    note += "interquartile mean over seeds, 95 % bootstrap interval (one seed: none); dashed: bounds and floors"
+    note += f"; means of {smooth} rows" * (smooth > 1)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    draw_grid(Path(out, "benchmark.png"), panels, note)
     return table
 
 
@@ -577,13 +766,17 @@ def main(argv=None):
     parser.add_argument("--key", default="eval/test/return", help="a key of their metrics.csv (%(default)s)")
     parser.add_argument("--out", default=".", help="folder for the pictures (%(default)s)")
     parser.add_argument("--smooth", type=int, default=1, help="moving average over so many rows (%(default)s)")
+    parser.add_argument(
+        "--grid", action="store_true", help="benchmark.png alone; of the runs in .github/results if none"
+    )
     parser.add_argument("--boxes", metavar="ARGUMENT", help="boxes.png, too: evaluation returns over this argument")
     args = parser.parse_args(argv)
     try:
         if args.boxes:
             Path(args.out).mkdir(parents=True, exist_ok=True)
             draw_boxes(Path(args.out, "boxes.png"), args.runs, args.boxes.replace("-", "_"))
-        print(*compare(args.runs, args.key, args.out, args.smooth), sep="\n")
+        table = benchmark if args.grid else functools.partial(compare, key=args.key)
+        print(*table(args.runs, out=args.out, smooth=args.smooth), sep="\n")
     except (BadInput, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)
         sys.exit(2)

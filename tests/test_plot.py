@@ -356,6 +356,149 @@ def test_belief_in_a_grid(tmp_path, monkeypatch):
         plt.close(figure)
 
 
+# ---------- The benchmark ----------
+
+
+@pytest.fixture
+def benchmark(tmp_path, capsys, monkeypatch):
+    """Draws --grid of some folders: title -> axes of its panel, the second one for the adaptation; table; errors."""
+    figures = []
+
+    def draw(*folders):
+        monkeypatch.setattr(plt, "close", figures.append)
+        status, out, err = command(capsys, "--grid", *folders, "--out", tmp_path / "out")
+        monkeypatch.undo()
+        assert status == 0 and (tmp_path / "out/benchmark.png").read_bytes()[:4] == b"\x89PNG"
+        panels = {}
+        for axis in figures[-1].axes:
+            title = axis.get_title(loc="left")
+            if ":" in title:
+                panels[title] = []
+            panels[[*panels][-1]].append(axis)
+        return panels, out, err
+
+    yield draw
+    for figure in figures:
+        plt.close(figure)
+
+
+def heights(axis, label):
+    """A line's x and y, and the lower and upper end of its band at its last x (nan: none); its colour."""
+    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
+    (i,) = (i for i, line in enumerate(lines) if line.get_label() == label)
+    band = np.concatenate([path.vertices for path in axis.collections[i].get_paths()] or [np.full((1, 2), np.nan)])
+    y = band[band[:, 0] == lines[i].get_xdata()[-1], 1]
+    ends = [y.min(), y.max()] if len(y) else [np.nan, np.nan]
+    return lines[i].get_xdata().tolist(), lines[i].get_ydata(), ends, lines[i].get_color()
+
+
+def dashed(axis):
+    return [np.asarray(line.get_ydata()).tolist() for line in axis.lines if line.get_linestyle() == "--"]
+
+
+def test_grid(tmp_path, benchmark):
+    """Lines, intervals and bounds, against sorts and sums; a panel for every environment, a colour for an algorithm."""
+    dice, folders, last = random.Random(0), [], {}
+    for label, script, env_id, seeds, arguments in (
+        ("variBAD", "varibad", "GridWorld", 5, {}), ("RL2", "ldm", "GridWorld", 2, dict(num_mixture_workers=0)),
+        ("without belief", "dme", "GridWorld", 1, dict(no_belief=True)), ("variBAD", "varibad", "Reacher", 2, {}),
+    ):  # fmt: skip
+        for seed in range(seeds):
+            values = {k: [dice.random() for _ in range(3)] for k in range(1, 5 if env_id == "GridWorld" else 2)}
+            rows = [row for k, y in values.items() for row in curve(y, (0, 1000, 2000), f"{KEY}_episode_{k}")]
+            rows += curve(values[max(values)], (0, 1000, 2000))
+            if seed == 1:  # it has ended earlier
+                rows = [row for row in rows if row[0] < 2000]
+            last.setdefault((env_id, label), []).append(values)
+            folder = tmp_path / f"{env_id}{label}{seed}"
+            folders.append(write_run(folder, rows, script, env_id, seed, total_timesteps=seed, **arguments))
+    panels, table, _ = benchmark(*folders)
+    names = "GridWorld SparsePointRobot GridWorldLDM HalfCheetahVel GridWorldAlternating Reacher MEWAUniform".split()
+    assert [title.split(":")[0] for title in panels] == [*names, "HopperMass", "ML1-reach", "ML10"]
+    shown = ["GridWorld: return (1-5 seeds)", "Reacher: return (2 seeds)"]
+    assert [title for title in panels if "not run" not in title] == shown
+    left, right = panels["GridWorld: return (1-5 seeds)"]
+    (alone,) = panels["Reacher: return (2 seeds)"]  # it has one episode
+    colours = {}
+    for (env_id, label), runs in last.items():
+        n = 3 if len(runs) == 1 else 2
+        x, y, (low, high), colour = heights(left if env_id == "GridWorld" else alone, label)
+        final = [[run[max(run)][i] for run in runs] for i in range(n)]
+        assert x == [0, 1000, 2000][:n] and y == pytest.approx([sort_and_drop(numbers) for numbers in final])
+        assert colours.setdefault(label, colour) == colour
+        if len(runs) == 2:  # one draw in four has the same seed twice
+            assert [low, high] == pytest.approx([min(final[-1]), max(final[-1])])
+        elif len(runs) == 5:
+            assert min(final[-1]) <= low < y[-1] < high <= max(final[-1])
+        else:
+            assert np.isnan([low, high]).all()
+        if env_id == "GridWorld":
+            x, y, _, other = heights(right, label)
+            assert x == [1, 2, 3, 4] and other == colour
+            assert y == pytest.approx([sort_and_drop([run[k][n - 1] for run in runs]) for k in x])
+        shown = f"{sort_and_drop(final[-1]):.4g}"
+        assert any(cells(row)[:3] == [env_id, label, str(len(runs))] and shown in cells(row)[4] for row in table)
+    assert len(set(colours.values())) == 3
+    assert dashed(left) == [[11.071, 11.071]] and dashed(right) == [[4.0, 11.071, 11.071, 11.071]]
+    assert dashed(alone) == [[-68, -68]] and "at rest" in [text.get_text() for text in alone.texts]
+    (legend,) = left.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["variBAD", "RL2", "without belief"]
+
+
+def test_grid_measures(tmp_path, benchmark):
+    """Success in Meta-World, of sampled actions where there are rows of it; scores; LaSER after exploration; returns
+    by episode where older runs have nothing else."""
+    success, score = "eval/test/success_rate", "eval/test/score"
+    both = curve([0.1, 0.2], key=success) + curve([0.3, 0.4], key=f"eval/test/sampled/{success[10:]}")
+    old = curve([0.5, 0.25], key=success) + [row for k in (1, 2) for row in curve([0, k], key=f"{KEY}_episode_{k}")]
+    explored = [row for k in range(4) for row in curve([0, k / 10], key=f"{score}_after_{k}")]
+    runs = dict(dme=("ML10", both), varibad=("ML10", curve([0.5, 0.6], key=success)), ldm=("GridWorldLDM", old))
+    folders = [write_run(tmp_path / script, rows, script, env_id) for script, (env_id, rows) in runs.items()]
+    folders.append(write_run(tmp_path / "laser", explored, "laser", "MEWAUniform"))
+    panels, *_ = benchmark(*folders)
+    (left,) = panels["ML10: success (1 seed)"]
+    assert heights(left, "DME")[1].tolist() == [0.3, 0.4] and heights(left, "variBAD")[1].tolist() == [0.5, 0.6]
+    left, right = panels["GridWorldLDM: success (1 seed)"]
+    assert heights(left, "LDM")[1].tolist() == [0.5, 0.25] and heights(right, "LDM")[1].tolist() == [1, 2]
+    assert dashed(left) == [[3 / 27, 3 / 27]] and dashed(right) == [] and "return" in right.get_title(loc="left")
+    left, right = panels["MEWAUniform: score (1 seed)"]
+    assert heights(left, "LaSER")[1].tolist() == [0, 0.3]
+    assert heights(right, "LaSER")[0] == [2, 3, 4] and heights(right, "LaSER")[1].tolist() == [0.1, 0.2, 0.3]
+
+
+def test_grid_leaves_out_what_is_no_seed_of_a_line(tmp_path, benchmark):
+    """And says so, in a line for each reason."""
+    kept = dict(
+        a=dict(kl_coef=0.1),
+        b=dict(kl_coef=0.1, seed=2, total_timesteps=9, elbo_terms=5, eval_tasks=3, cuda=True, obs_shift=0.0),
+        c=dict(kl_coef=0.3, script="dme"),
+    )
+    out = dict(
+        d=(dict(kl_coef=0.2, seed=3), "KL weight 0.2 is not as in a"), e=(dict(kl_coef=0.1), "seed 1 of variBAD"),
+        f=(dict(kl_coef=0.1, seed=4, oracle_context=True), "oracle context"),
+        g=(dict(script="dynamite_rl", no_conditioning=True), "without conditioning"),
+        h=(dict(env_id="MEWA"), "MEWA has no panel"), i=(dict(script="mine"), "mine is none of"),
+        j=(dict(env_id="HalfCheetahVel", split_rule="varibad"), "--split-rule ldm"),
+        k=(dict(script="laser"), "has no return"),
+    )  # fmt: skip
+    settings = kept | {name: arguments for name, (arguments, _) in out.items()}
+    rows = {name: curve([0, 1]) if name != "k" else [] for name in settings}
+    panels, table, err = benchmark(*[write_run(tmp_path / x, rows[x], **s) for x, s in settings.items()])
+    assert [cells(row)[:3] for row in table[2:]] == [["GridWorld", "variBAD", "2"], ["GridWorld", "DME", "1"]]
+    assert len(err) == len(out)
+    for name, (_, why) in out.items():
+        (line,) = (line for line in err if why in line)
+        assert "left out" in line and (line.endswith(f": {name}") or name == "k")
+
+
+def test_grid_of_the_runs_behind_the_readme(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot, "draw_grid", lambda *words: None)
+    status, out, _ = command(capsys, "--grid", "--out", tmp_path)
+    rows = [cells(row) for row in out]
+    assert status == 0 and ["GridWorld", "variBAD"] in [row[:2] for row in rows]
+    assert {row[0] for row in rows[2:]} <= set(plot.PANELS)
+
+
 # ---------- Bad input ----------
 
 
