@@ -20,11 +20,10 @@ Equation (of the JMLR paper)                                     function
 
 Where this leaves the paper, and the authors' code
     An iteration is one meta-episode of every environment; a belief starts from the prior exactly there.
-    After an episode's end the policy sees the next one's first state (theirs: the last one, with a flag), encoder and
-    decoders the true successor; there is a flag with --extra-obs done alone, Meta-World's default.
+    After an episode's end the policy sees the next one's first state (theirs: the last one), encoder and decoders the
+    true successor; they see a flag (theirs) with --extra-obs done, Meta-World's default.
     Terms of the ELBO are means (theirs: sums over posteriors and transitions, and of the KL over the batch, too).
     Credit flows between the episodes of a task; --time-limit episode cuts it, as they do off the grid.
-    GridWorld: the entropy bonus falls from .04 to .01 (theirs: .01 throughout, and some seeds stop searching).
     Off the grid the belief model's inputs are standardised, and its state decoder predicts s' - s, standardised.
     Ours, for small machines: --belief-warmup, --belief-anneal-lr, --obs-shift, and the sizes without --cuda.
 """
