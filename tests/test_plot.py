@@ -401,7 +401,8 @@ def test_grid(tmp_path, benchmark):
     dice, folders, last = random.Random(0), [], {}
     for label, script, env_id, seeds, arguments in (
         ("variBAD", "varibad", "GridWorld", 5, {}), ("RL2", "ldm", "GridWorld", 2, dict(num_mixture_workers=0)),
-        ("without belief", "dme", "GridWorld", 1, dict(no_belief=True)), ("variBAD", "varibad", "Reacher", 2, {}),
+        ("without belief", "dme", "GridWorld", 1, dict(no_belief=True)),
+        ("RL2", "ldm", "Reacher", 2, dict(num_mixture_workers=0)),
     ):  # fmt: skip
         for seed in range(seeds):
             values = {k: [dice.random() for _ in range(3)] for k in range(1, 5 if env_id == "GridWorld" else 2)}
@@ -475,7 +476,7 @@ def test_grid_leaves_out_what_is_no_seed_of_a_line(tmp_path, benchmark):
     )
     out = dict(
         d=(dict(kl_coef=0.2, seed=3), "KL weight 0.2 is not as in a"), e=(dict(kl_coef=0.1), "seed 1 of variBAD"),
-        f=(dict(kl_coef=0.1, seed=4, oracle_context=True), "oracle context"),
+        f=(dict(script="dynamite_rl", oracle_context=True), "an oracle: oracle context"),
         g=(dict(script="dynamite_rl", no_conditioning=True), "without conditioning"),
         h=(dict(env_id="MEWA"), "MEWA has no panel"), i=(dict(script="mine"), "mine is none of"),
         j=(dict(env_id="HalfCheetahVel", split_rule="varibad"), "--split-rule ldm"),
