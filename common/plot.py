@@ -587,7 +587,7 @@ def why_not(run, members):
         for name in dict.fromkeys([*first.config, *config]):
             values = first.config.get(name, False), config.get(name, False)
             if values[0] != values[1] and name not in NO_SETTING | LENGTH and not name.startswith("eval_"):
-                return f"{describe_argument(name, values[1])} is not as in {Path(first.folder).name}"
+                return f"--{name.replace('_', '-')} is not as in {Path(first.folder).name}"
     if config["seed"] in {member.config["seed"] for member in members}:
         return f"seed {config['seed']} of {method(config)} on {env_id} is drawn already"
     return ""

@@ -475,7 +475,7 @@ def test_grid_leaves_out_what_is_no_seed_of_a_line(tmp_path, benchmark):
         c=dict(kl_coef=0.3, script="dme"),
     )
     out = dict(
-        d=(dict(kl_coef=0.2, seed=3), "KL weight 0.2 is not as in a"), e=(dict(kl_coef=0.1), "seed 1 of variBAD"),
+        d=(dict(kl_coef=0.2, seed=3), "--kl-coef is not as in a"), e=(dict(kl_coef=0.1), "seed 1 of variBAD"),
         f=(dict(script="dynamite_rl", oracle_context=True), "an oracle: oracle context"),
         g=(dict(script="dynamite_rl", no_conditioning=True), "without conditioning"),
         h=(dict(env_id="MEWA"), "MEWA has no panel"), i=(dict(script="mine"), "mine is none of"),
