@@ -104,7 +104,7 @@ class MujocoEnvs(TensorEnvs):
 
     def place(self, rows, *key):
         """First states, of random numbers that `key` names, where `rows`, bool (N,). Returns obs (N, S)."""
-        for_q, for_v = generator(self.seed, self.split, self.draw, self.phase, *key).spawn(2)
+        for_q, for_v = generator(self.seed, self.split, self.draw, *self.keyed(*key)).spawn(2)
         q, v = self.first_states(for_q, for_v)  # a row for each environment: N does not matter
         self.time[rows], self.q[rows], self.v[rows] = 0, q[rows], v[rows]
         return self.tensor(self.observe(self.q, self.v))

@@ -168,6 +168,10 @@ class TensorEnvs:
         obs = self.start() if ended else final_obs
         return obs, reward, self.false, self.true if ended else self.false, {"final_obs": final_obs, "success": success}
 
+    def keyed(self, *key):
+        """`key`, an episode first, and the phase: a longer one than any without, so that these are never shared."""
+        return (*key, 0, self.phase) if self.phase else key
+
     def draws(self, purpose, dim):
         """Random numbers in [0, 1) for the episode that begins, float64 (N, dim). purpose: an integer for their use.
 
@@ -175,7 +179,7 @@ class TensorEnvs:
         i, and the split, the episode and the phase: an evaluation has the same draws with every seed. No two of these
         share a row; but those of another `dim` do: who plays a task in environments of another size needs a phase.
         """
-        key = self.elapsed // self.horizon, purpose, self.phase
+        key = self.keyed(self.elapsed // self.horizon, purpose)
         if self.named is None:
             return generator(self.seed, self.split, self.resets, *key).random((self.num_envs, dim))
         rows = [self.tasks.index(name) for name in self.named]
@@ -183,8 +187,8 @@ class TensorEnvs:
         for row in rows:
             nth.append(count[row])
             count[row] += 1
-        tables = [generator(0, self.split, 0, *key, n) for n in range(max(nth) + 1)]
-        u = [table.random((len(self.tasks), dim)) for table in tables]
+        keys = [key, *[(*key, n) for n in range(1, max(nth) + 1)]]
+        u = [generator(0, self.split, 0, *k).random((len(self.tasks), dim)) for k in keys]  # a table for each n
         return np.stack([u[n][row] for n, row in zip(nth, rows)])
 
     def state_dict(self):
