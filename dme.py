@@ -195,9 +195,8 @@ class Agent(nn.Module):
         self.belief_sizes, self.discrete = belief_sizes, hasattr(action_space, "n")
         n_out = int(action_space.n) if self.discrete else action_space.shape[0]
         self.std = None if self.discrete else BoundedStd(n_out, args.std_init, args.std_min, args.std_max)
-        # A held-out family's entry of the true task is constant in training: a higher floor keeps it from blowing up.
-        min_std = 0.02 if args.oracle_context else 1e-4
-        self.obs_norm, self.belief_norm = RunningNorm(obs_dim), RunningNorm(sum(belief_sizes.values()), min_std)
+        # Not less than a belief's least deviation: entries that say nothing, of a latent or a task, stay small.
+        self.obs_norm, self.belief_norm = RunningNorm(obs_dim), RunningNorm(sum(belief_sizes.values()), min_std=0.02)
         self.return_norm, self.first_norm = RunningNorm(1), RunningNorm(obs_dim)
         self.obs_embed = nn.Linear(obs_dim, args.obs_embed)
         self.belief_embeds = nn.ModuleDict({k: nn.Linear(size, args.belief_embed) for k, size in belief_sizes.items()})
