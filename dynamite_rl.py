@@ -178,8 +178,8 @@ class DynaMITE:
     # What divides the meta-episodes of the belief's loss into sessions: true ends (gt), predicted ones, or either with
     # the same probability, drawn for each meta-episode (ours).
     train_boundaries: Literal["gt", "pred", "mixed"] = "gt"
-    # The belief at a session's first step: the prior p(m' | m) of the last belief (predict, ours), that belief itself
-    # (stale), or the meta-episode's first one (initial; the paper's Algorithm 3, literally).
+    # The belief at a session's first step: the prior p(m' | m) of the last belief (predict, ours; without conditioning
+    # what follows from hidden), that belief (stale), or the meta-episode's first one (initial; Algorithm 3, literally).
     boundary_belief: Literal["predict", "stale", "initial"] = "predict"
     reset_hidden_at_session: bool = False  # hidden 0 at a session's first step (appendix A), not kept (main text)
     # After a session's end the encoder sees the next one's first state, as the policy does, or the true successor, as
@@ -444,10 +444,10 @@ class BeliefModel(nn.Module):
     def next_session(self, ended, belief, condition, hidden):
         """Where a session ended, bool (N,), the belief, condition and hidden state of the next one's first step."""
         ended = ended.unsqueeze(-1)
-        condition = torch.where(ended, belief, condition)
-        if self.args.boundary_belief == "predict" and self.prior:
+        condition, first = torch.where(ended, belief, condition), self.args.boundary_belief
+        if first == "predict" and self.prior:
             belief = torch.where(ended, torch.cat(self.session_prior(condition), -1), belief)
-        if self.args.boundary_belief == "initial":
+        elif first == "initial" or (first == "predict" and self.args.reset_hidden_at_session):
             belief = torch.where(ended, self.belief(torch.zeros_like(hidden)), belief)
         if self.args.reset_hidden_at_session:
             hidden = torch.where(ended, 0.0, hidden)
@@ -531,8 +531,9 @@ def session_beliefs(model, batch, args):
             torch.cat([torch.where(begins[:, None], y[:1], p), y[1:]]) for y, p in zip((mean, logvar), prior)
         )
         prior = tuple(torch.where(begins[:, None], 0.0, p) for p in prior)
-    # Without p(m' | m) belief 0 of a later session is the last one of the session before: it counts there alone.
-    real = torch.cat([(begins | bool(model.prior))[None], alive])
+    # Without p(m' | m) belief 0 of a later session is the last one of the session before, unless hidden states are
+    # reset, and counts there alone.
+    real = torch.cat([(begins | bool(model.prior) | args.reset_hidden_at_session)[None], alive])
     return Sessions(first, length, meta_episode, t, alive, mean, logvar, real, prior, logits)
 
 

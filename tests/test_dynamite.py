@@ -127,7 +127,7 @@ def loop(s, batch, ends):
                 if not args.conditioning:
                     priors.append(unit)
                     if args.reset_hidden_at_session:
-                        beliefs.append((session, heads(zero), False, t + 1))
+                        beliefs.append((session, heads(zero), True, t + 1))
                         chain.append((heads(zero), unit))
                 else:
                     mean, logvar = model.prior(condition).split(3)
@@ -353,8 +353,10 @@ def test_belief_learns_sessions():
 
 
 @pytest.mark.parametrize("boundary_belief", ["predict", "stale", "initial"])
-@pytest.mark.parametrize("changes", [{}, dict(oracle_terminations=True, encoder_obs="pre"), dict(
-    reset_hidden_at_session=True)], ids=["predicted", "oracle", "reset"])  # fmt: skip
+@pytest.mark.parametrize("changes", [
+    {}, dict(oracle_terminations=True, encoder_obs="pre"), dict(reset_hidden_at_session=True), dict(conditioning=False),
+    dict(reset_hidden_at_session=True, conditioning=False),
+], ids=["predicted", "oracle", "reset", "kept, alone", "reset, alone"])  # fmt: skip
 @torch.no_grad()
 def test_rollout_is_algorithm_3(boundary_belief, changes):
     """Environment by environment and step by step: what the policy saw, out of what was stored."""
@@ -376,19 +378,20 @@ def test_rollout_is_algorithm_3(boundary_belief, changes):
             assert bool(torch.sigmoid(s.model.termination(hidden)) > 0.5) == data["predicted_end"][t, n]
             if used[t, n] and t < 11:
                 condition = belief
-                prior = s.model.prior(condition)
+                alone = start if s.args.reset_hidden_at_session else belief  # one that has forgotten knows nothing
+                prior = s.model.prior(condition) if s.args.conditioning else alone
                 belief = dict(predict=prior, stale=belief, initial=start)[boundary_belief]
                 hidden = torch.zeros(1, 6) if s.args.reset_hidden_at_session else hidden
         torch.testing.assert_close(data["beliefs"][12, n], belief[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("predicted", [False, True])
-@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("reset, conditioning", [(False, True), (True, True), (True, False)])
 @torch.no_grad()
-def test_loss_and_rollout_agree(reset, predicted):
+def test_loss_and_rollout_agree(reset, conditioning, predicted):
     """With true ends in both, or those predicted, the loss's beliefs are those on which the policy acted."""
     ends = dict(train_boundaries="pred") if predicted else dict(oracle_terminations=True)
-    s, seen = setup(reset_hidden_at_session=reset, **ends), []
+    s, seen = setup(reset_hidden_at_session=reset, conditioning=conditioning, **ends), []
     shake(s)
     data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
     if predicted:
