@@ -31,7 +31,7 @@ Where this leaves the paper
     Virtual tasks: --virtual policy (default, SDVT's): new meta-episodes are played under decoded rewards, and not
     stored; elbo (Algorithm 1): decoded rewards in L_reward alone; relabel (ours): for a batch's posterior, too.
     (9) is an expectation under q(y | w, z) (--hard-y); the policy sees log sigma_z^2 (--policy-z var) and probabilities
-    of y (--policy-y argmax), in evaluation the means of w and z. (14) is --value-loss mse; default is variBAD's.
+    of y (--policy-y argmax), and where it takes the most likely action means. (14) is --value-loss mse, not variBAD's.
     beta_w and beta_y are ours: at beta_w 1, KL_w goes to 0. The first belief is the heads' (--initial-belief prior).
 """
 
@@ -146,7 +146,7 @@ class DME:
     # Virtual tasks: whole meta-episodes with decoded rewards for the policy (SDVT; the paper's section 4.2), decoded
     # rewards in the ELBO's (6) alone [paper, Algorithm 1], both, or for a batch's encoder, too (relabel, ours).
     virtual: Literal["off", "policy", "elbo", "both", "relabel"] = "policy"
-    virtual_y: Literal["uniform", "usage"] = "uniform"  # their y: uniform [paper], or as often as met so far (SDVT)
+    virtual_y: Literal["uniform", "usage"] = "uniform"  # y: uniform [paper], or as often as in the run so far (SDVT)
     virtual_rate: Fraction = 0.125  # gamma, of iterations or batches: rises [paper], linearly, from 0, to this
     virtual_low: float = 0.0  # lower bound of virtual rewards: Meta-World's lie in [0, 10]
     virtual_high: float = 10.0  # their upper bound
@@ -167,7 +167,7 @@ def check_args(args):
         ),
         (
             args.belief and is_blind(args.total_timesteps - 1, args),
-            f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}",
+            f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}: choose 0",
         ),
         (
             args.virtual_low >= args.virtual_high,
@@ -528,7 +528,8 @@ def signs_of_life(model, batch, draws=64):
     every = max(1, len(batch["alive"]) // 8)
     real = torch.cat([torch.ones_like(batch["alive"][:1]), batch["alive"]])[::every]
     w_mean, w_logvar, z_mean, z_logvar = (x[real] for x in model.posterior(model.hiddens(batch)[::every]))  # (n, Z)
-    w, z = gaussian(w_mean.expand(draws, -1, -1), w_logvar), gaussian(z_mean.expand(draws, -1, -1), z_logvar)
+    noise = torch.randn(2, draws, 1, w_mean.shape[-1], device=w_mean.device)  # the same in all contexts: they may agree
+    w, z = w_mean + (0.5 * w_logvar).exp() * noise[0], z_mean + (0.5 * z_logvar).exp() * noise[1]
     y = cluster_posterior(z, *model.components(w)).exp().mean(0)  # (n, C)
     means = model.components(w_mean)[0]  # (n, C, Z)
     y_entropy = torch.special.entr(y).sum(-1).mean()
@@ -806,7 +807,8 @@ def main(args):
                     terms = update_belief(model, belief_optimizer, buffer, virtual_rate, args)
                     losses |= {f"belief_{name}": term for name, term in terms.items()}
                 if run.logs():
-                    losses |= signs_of_life(model, buffer.sample(share(args.belief_batch)))
+                    with torch.random.fork_rng([run.device] if args.cuda else []):  # a look changes no draw
+                        losses |= signs_of_life(model, buffer.sample(share(args.belief_batch)))
             run.lap("belief")
 
             run.log(losses, data, {"charts/virtual": float(virtual)})
@@ -883,9 +885,8 @@ LOCOMOTION = dict(  # per meta-episode of 400 steps, where variBAD's authors cou
     reward_coef=50.0, virtual_low=-10.0,
 )  # fmt: skip
 # The authors of variBAD keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
-# Each posterior pays its whole KL; in variBAD's chain, which pays for news alone, a meta-episode's 61 pay it once. So
-# variBAD's weight of the mean error, 240 (1 / kl_coef), would be 240 x 61 = 14,640 here if all 61 knew the goal, and
-# 5000 if 21 did. At 120 the posterior collapses to the prior.
+# Each posterior pays its whole KL; in variBAD's chain, which pays for news alone, a meta-episode's 61 pay it once. Its
+# weight of the mean error, 1 / kl_coef = 240, is one of up to 240 x 61 = 14,640 here; 5000 is in between (ours).
 GRID = dict(
     time_limit="terminal", standardise_inputs=False, ent_coef=0.04, reward_coef=5000.0, virtual_low=-0.1,
     virtual_high=1.0,
@@ -935,7 +936,9 @@ SMALL_ML1 = SMALL_ML | dict(  # its tasks differ in goals: no state decoder
     belief_updates=30, belief_batch=20, belief_learning_rate=2e-3, hidden_dim=64, elbo_terms=8, decode_terms=150,
 )  # fmt: skip
 SMALL = {
-    **dict.fromkeys(("SparsePointRobot", "MEWA", "AntGoal"), dict(tbptt=50, elbo_terms=25, decode_terms=100)),
+    **dict.fromkeys(
+        ("SparsePointRobot", "MEWA", "MEWAUniform", "AntGoal"), dict(tbptt=50, elbo_terms=25, decode_terms=100)
+    ),
     "HopperMass": dict(buffer_size=2000),  # 0.36 GB
     "ML1": SMALL_ML1,
     "ML10": SMALL_ML,

@@ -24,7 +24,7 @@ A meta-episode of six transitions x = (s, a, r, s') and two sessions; first what
 
     b0 is what the encoder believes before it has read anything, c0 = p(m' | b3) the first belief of the next session.
     Read beside x: the GRU reads the belief that ended the session before (zeros: there is none) with every transition
-    of a session. It is data, without a gradient. The GRU's hidden state runs on from session to session.
+    of a session. It is data, without a gradient. The GRU's hidden state starts anew with each session.
     (4): with D(b) = KL(b || b3), D(b2) > D(b1) costs; D(b3) is 0, so that the last arrow never does. Likewise with c3.
     By default the encoder reads with x2 the next session's first state, which hints at the end; decoders read s'.
     Sessions end in the loss where they truly do, in a rollout where d is guessed to be 1. Where that is overlooked at
@@ -56,7 +56,7 @@ Where this leaves the paper
     The policy sees mean and log-variance, where Algorithm 3 acts on a drawn m; it is updated before the encoder.
     The reward's decoder sees s' as well: (m, s, a, s'), and on the alternating grid (m, s'). The state's gives s' - s.
     p(m' | m) is a small network; a session's first belief is its prediction (--boundary-belief initial: Algorithm 3).
-    The GRU's hidden state is kept (main text); appendix A resets it: --reset-hidden-at-session.
+    The GRU's hidden state is reset (appendix A); kept, conditioning adds nothing: --no-reset-hidden-at-session.
     PPO clips the gradients of actor and critic separately, and no values: --joint-clip, --value-loss clipped.
     The grid's preset and those without --cuda are ours: with Table 2's values, returns on the grid stay below 40.
 """
@@ -181,7 +181,7 @@ class DynaMITE:
     # The belief at a session's first step: the prior p(m' | m) of the last belief (predict, ours; without conditioning
     # what follows from hidden), that belief (stale), or the meta-episode's first one (initial; Algorithm 3, literally).
     boundary_belief: Literal["predict", "stale", "initial"] = "predict"
-    reset_hidden_at_session: bool = False  # hidden 0 at a session's first step (appendix A), not kept (main text)
+    reset_hidden_at_session: bool = True  # hidden 0 at a session's first step (appendix A); off: kept (main text)
     # After a session's end the encoder sees the next one's first state, as the policy does, or the true successor, as
     # the decoders always do (ours).
     encoder_obs: Literal["post", "pre"] = "post"
@@ -204,10 +204,10 @@ def check_args(args):
         ),
         (
             args.belief and is_blind(args.total_timesteps - 1, args),
-            f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}",
+            f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}: choose 0",
         ),
         (min(args.encoder_layers, default=1) < 1, f"--encoder-layers {args.encoder_layers}: sizes are positive"),
-        (args.tbptt and args.reset_hidden_at_session, "--tbptt does not go with --reset-hidden-at-session"),
+        (args.tbptt and args.reset_hidden_at_session, "--tbptt goes with --no-reset-hidden-at-session alone"),
     )
 
 

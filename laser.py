@@ -183,8 +183,8 @@ class Args(LaSER, Belief, PPO, Experiment):
 
 # Arguments that an encoder is made for: with --explored, those of the other run. z's head reads B, Q and K alone.
 ENCODER = (
-    "env_id horizon episodes_per_task meta_episodes belief_batch d_model num_layers num_heads feed_forward obs_embed "
-    "explore_layers use_gamma_in_context mask_pads"
+    "env_id horizon episodes_per_task extra_obs control_cost reward_version split_rule meta_episodes belief_batch "
+    "d_model num_layers num_heads feed_forward obs_embed explore_layers use_gamma_in_context mask_pads"
 ).split()
 # Arguments that neither --resume nor --evaluate can change, beside those that are common to all scripts.
 UNCHANGED = "explore_iterations oracle_context oracle_split belief explored exploit_episodes context_mean policy_gamma "
@@ -200,6 +200,7 @@ def check_args(args):
             args.explored and not has_encoder(args),
             "--explored needs an encoder: --no-belief, --oracle-context have none",
         ),
+        (args.oracle and args.oracle_context, "--oracle-context: choose its tasks with --oracle-split, not --oracle"),
         (not args.eval_sample, "--no-eval-sample: laser.py has --eval-explore and --eval-exploit"),
     )
 
@@ -207,7 +208,7 @@ def check_args(args):
 def check_envs(args, envs):
     """BadInput for environments that do not fit the paper."""
     refuse(
-        (not hasattr(envs, "repeat"), f"laser.py needs environments with `repeat`; those of {args.env_id} have none"),
+        (not hasattr(envs, "phase"), f"laser.py needs environments with `repeat` and `phase`: {args.env_id} has none"),
         (hasattr(envs, "sessions"), f"laser.py: a context is of one task, and {args.env_id} has sessions"),
     )
 
@@ -384,10 +385,10 @@ class Encoder(nn.Module):
             codes = self.gamma_head(self.f_u(slots.take(tokens), slots.numbers, slots.causal()))
         return slots.spread(codes)
 
-    def start(self, num_envs):
-        """Empty caches for `step`: (blocks, 2, N, heads, L, D / heads)."""
-        block, device = self.f_u.blocks[0], self.z_hat.device
-        shape = len(self.f_u.blocks), 2, num_envs, block.num_heads, self.length, len(self.z_hat) // block.num_heads
+    def start(self, num_envs, length=None):
+        """Empty caches for `step`: (blocks, 2, N, heads, length, D / heads), of all L slots or of the first ones."""
+        block, device, length = self.f_u.blocks[0], self.z_hat.device, length or self.length
+        shape = len(self.f_u.blocks), 2, num_envs, block.num_heads, length, len(self.z_hat) // block.num_heads
         return torch.zeros(shape, device=device, dtype=torch.bfloat16 if self.bfloat16 else torch.float32)
 
     def step(self, token, slot, caches, valid):
@@ -793,7 +794,7 @@ def exploit(envs, agent, contexts, encoder=None, tasks=None, deterministic=False
     with torch.inference_mode():
         obs, info = envs.reset(tasks)
         if seen:
-            caches, token = encoder.start(N), F.pad(obs, (0, tokens_shape(envs)[1] - obs.shape[1]))
+            caches, token = encoder.start(N, envs.horizon + 1), F.pad(obs, (0, tokens_shape(envs)[1] - obs.shape[1]))
             valid = torch.ones(N, envs.horizon, dtype=torch.bool, device=envs.device)  # idle are at most the last ones
         data["task"] = info["task"].clone()
         if contexts is None:
@@ -941,7 +942,7 @@ def what(name):
 def start_phase_1(args, run, encoder, explorer):
     """What phase 1 alone needs: modules and optimisers by name, buffer and environments by name, and their bytes in a
     checkpoint. Raises BadInput where memory is short."""
-    envs = run.make_envs("train", args.num_envs * args.meta_episodes)
+    envs = run.make_envs(run.envs.split, args.num_envs * args.meta_episodes)
     envs.repeat, envs.phase = args.meta_episodes, 1
     length, token_dim = tokens_shape(envs)
     buffer = Buffer(min(args.buffer_size, args.explore_iterations * args.num_envs), envs, args.meta_episodes)

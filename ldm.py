@@ -407,7 +407,13 @@ class BeliefModel(BeliefEncoder):
         self.cell = getattr(envs, "cell", None)
         self.grid = args.reward_decoder in ("bernoulli", "multihead")  # p(r = 1) in a cell, not the reward itself
         needs = f"--reward-decoder {args.reward_decoder} needs a grid of one goal, not {args.env_id}: choose mlp"
-        refuse((self.grid and self.cell is None, needs))
+        refuse(
+            (self.grid and self.cell is None, needs),
+            (
+                self.grid and args.extra_obs != "none",
+                f"--extra-obs {args.extra_obs}: a grid's decoder knows cells alone",
+            ),
+        )
         if args.reward_decoder == "multihead":
             # m (..., Z) -> the logits of p(r = 1 | m, s') for every cell s' (..., cells)
             self.reward_decoder = mlp([args.latent_dim, *args.decoder_layers, envs.num_cells], nn.ReLU)
@@ -982,7 +988,7 @@ PRESETS = {
     "AntGoal": LOCOMOTION | dict(num_minibatches=2, policy_state=False, latent_dim=10, beta=2.0),
     "HopperMass": LOCOMOTION | dict(  # not one of the paper's
         total_timesteps=10_000_000, eval_interval=25, checkpoint_interval=25, eval_tasks=30, gamma=0.99, ppo_windows=4,
-        latent_dim=10,
+        latent_dim=10, kl_coef=50 / 1601,
     ),
     "module:factory": POINT,  # your own, and all others
 }  # fmt: skip

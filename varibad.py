@@ -140,7 +140,7 @@ def check_args(args):
         ),
         (
             args.belief and is_blind(args.total_timesteps - 1, args),
-            f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}",
+            f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}: choose 0",
         ),
     )
 

@@ -45,7 +45,7 @@ PANELS = {
     "Reacher": ("return", {"at rest": -68}),  # zero action: tests/test_sessions.py
     "MEWAUniform": ("score", {"best possible": 1, "same for\nall tasks": 0.56}),  # exact: common/envs/mewa.py
     "HopperMass": ("return", {"random": 17}),
-    "ML1-reach": ("success_rate", {"blind, greedy": 0.18}),  # at the goals' centre; sampled actions reach more
+    "ML1-reach": ("success_rate", {}),
     "ML10": ("success_rate", {}),
 }
 LENGTH = {"total_timesteps", "task_iterations", "elbo_terms", "decode_terms"}  # may differ between seeds of a line
@@ -303,6 +303,8 @@ def describe(key):
     tasks = {"charts": "training", "losses": "loss"}.get(group, group)
     if group == "eval" and len(path) > 1:
         tasks = {"train": "training"}.get(path.pop(0), key.split("/")[1]) + " tasks"
+        if path[0] == "sampled":
+            tasks += f", {path.pop(0)} actions"
     if len(path) > 1:
         tasks += f" of {path.pop()}"
     words = re.sub(r"_((any_)?episode|session)(?=_\d+$|$)", r"_in_\1", "_".join(path))
@@ -627,8 +629,11 @@ def read_panel(env_id, groups):
     """
 
     def find(word):
-        prefixes = ["eval/test/sampled/"] * env_id.startswith("ML") + ["eval/test/"]
-        return {label: last_episode(runs, [prefix + word for prefix in prefixes]) for label, runs in groups.items()}
+        for prefix in ["eval/test/sampled/"] * env_id.startswith("ML") + ["eval/test/"]:  # the same one for all lines
+            keys = {label: last_episode(runs, [prefix + word]) for label, runs in groups.items()}
+            if all(key for key, _ in keys.values()):
+                break
+        return keys
 
     word, _ = PANELS[env_id]
     found = by_episode = find(word)

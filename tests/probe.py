@@ -59,7 +59,7 @@ def reward_error(script, model, args, data, first, last):
     return error, steps["rewards"][steps["alive"]].var().item()
 
 
-FIT, HELD = 480, 120  # tasks of laser.py's probe
+DRAWN = 600  # tasks of laser.py's probe
 
 
 def linear_probe(fit, task, held):
@@ -107,7 +107,7 @@ def probe_contexts(path):
         encoder, explorer, _ = script.make_networks(args, run.envs)
         load_modules(path, run.state, dict(encoder=encoder, explorer=explorer))
         rounds, K = [], args.episodes_per_task
-        while sum(len(one["task"]) for one in rounds) < FIT + HELD:
+        while sum(len(one["task"]) for one in rounds) < DRAWN:
             data = script.explore(run.envs, encoder, explorer, args)
             one = dict(task=data["task"])
             for k in range(1, K + 1):
@@ -124,13 +124,16 @@ def probe_contexts(path):
             rounds.append(one)
         found = {name: torch.cat([one[name] for one in rounds]) for name in rounds[0]}
         task = found["task"].clamp(0, 1) if hasattr(run.envs, "chance") else found["task"]
+    distinct, which = task.unique(dim=0, return_inverse=True)  # no task is both fitted on and judged on
+    held = (torch.randperm(len(distinct)) < len(distinct) / 5)[which]
+    print(f"{held.sum()} meta-episodes of {which[held].unique().numel()} tasks that were not among the fitted ones")
     print(f"{'episodes':>8}  {'from':<10} R^2")
     for k in range(1, K + 1):
         for name in ("c", "mean"):
             x = found[f"{name}{k}"]
-            print(f"{k:>8}  {name:<10} {r_squared(linear_probe(x[:FIT], task[:FIT], x[FIT:]), task[FIT:])}")
+            print(f"{k:>8}  {name:<10} {r_squared(linear_probe(x[~held], task[~held], x[held]), task[held])}")
         if f"bayes{k}" in found:
-            print(f"{k:>8}  {'Bayes':<10} {r_squared(found[f'bayes{k}'][FIT:], task[FIT:])}")
+            print(f"{k:>8}  {'Bayes':<10} {r_squared(found[f'bayes{k}'][held], task[held])}")
 
 
 def main(path):

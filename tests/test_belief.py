@@ -533,6 +533,8 @@ def test_signs_of_life(case):
     left = dict(noise=math.log(2), copies=math.log(2), alive=0.0, half=Bernoulli(share).entropy().item())[case]
     assert signs["y_entropy"] == pytest.approx(left, abs=0.02)
     assert signs["y_information"] == pytest.approx(math.log(2) - left, abs=0.04)
+    if case in ("noise", "copies"):  # the dead ones, with as few draws as a run has: nothing of them is information
+        assert dme.signs_of_life(model, batch)["mixture_y_information"].item() == pytest.approx(0, abs=1e-5)
     # the share of contexts with hidden state 1: about one half, as idle ones do not count
     real = torch.cat([torch.ones(1, 2, dtype=torch.bool), batch["alive"]])
     p = (real[:, 1].sum() / real.sum()).item()

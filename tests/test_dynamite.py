@@ -20,7 +20,7 @@ from tests.test_scripts import command, main, resume_equals_straight, run, tiny
 torch.set_num_threads(1)
 VARIBAD = dict(  # what switches all off
     consistency=False, conditioning=False, session_reconstruction=False, kl="sequential", encoder_obs="pre",
-    termination_coef=0.0, encoder_layers=(),
+    termination_coef=0.0, encoder_layers=(), reset_hidden_at_session=False,
 )  # fmt: skip
 
 
@@ -168,14 +168,14 @@ CASES = [
     {},
     dict(kl="final-only", consistency_detach=True),
     dict(kl="sequential", encoder_obs="pre", decode_window="future"),
-    dict(reset_hidden_at_session=True, term_loss="kl"),
+    dict(reset_hidden_at_session=False, term_loss="kl"),
     dict(session_reconstruction=False),
     dict(reward_decoder="mlp-next"),
     dict(session_reconstruction=False, decode_window="future"),
-    dict(conditioning=False),
-    dict(conditioning=False, kl="sequential", reset_hidden_at_session=True),
+    dict(conditioning=False, reset_hidden_at_session=False),
+    dict(conditioning=False, kl="sequential"),
     dict(consistency=False, train_boundaries="pred"),
-    dict(train_boundaries="pred", conditioning=False, reset_hidden_at_session=True, encoder_layers=()),
+    dict(train_boundaries="pred", conditioning=False, encoder_layers=()),
 ]
 
 
@@ -197,7 +197,7 @@ def test_elbo_equals_a_loop(changes, monkeypatch):
     expected = {name: sums[name] / sums[count] for name, count in counts.items()}
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, atol=1e-5, rtol=1e-4)
-        assert value > 1e-3, name
+        assert value > 1e-4, name
     total = expected["reward"] + 0.5 * expected["kl"] + 0.7 * expected["termination"]
     total = total + 1.5 * expected["consistency"] * s.args.consistency
     torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-4)
@@ -254,8 +254,7 @@ def test_worked_vector():
 
 @pytest.mark.parametrize("no", ["", "conditioning", "consistency"])
 def test_preset_weighs_sums(no):
-    """On the grid's sessions of 15 steps: sums weighed as Table 2's, R + .03 KL + .5 C + T, over the number of pairs;
-    without p(m' | m) there are 3 beliefs less, which moves the weight of the ends by 1 / 64."""
+    """On the grid's sessions of 15 steps: sums weighed as Table 2's, R + .03 KL + .5 C + T, over the number of pairs."""
     preset = {name: value for name, value in dynamite_rl.PRESETS["GridWorldAlternating"].items() if "_coef" in name}
     s = setup(horizon=60, session_process="fixed", **preset, **{no: False} if no else {})
     data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
@@ -264,10 +263,8 @@ def test_preset_weighs_sums(no):
         patch.setattr(torch, "randn_like", torch.ones_like)
         loss, _ = dynamite_rl.elbo(s.model, batch, s.args)
         sums = loop(s, batch, batch["session_end"])
-    assert sums["pairs"] == 2 * 15 * (61 if no == "conditioning" else 64) and sums["known"] == 2 * 59
-    few = 61 / 64 if no == "conditioning" else 1
-    total = few * (sums["termination"] + 0.5 * sums["consistency"] * s.args.consistency)
-    total = total + sums["reward"] + 0.03 * sums["kl"]
+    assert sums["pairs"] == 2 * 15 * 64 and sums["known"] == 2 * 59
+    total = sums["termination"] + 0.5 * sums["consistency"] * s.args.consistency + sums["reward"] + 0.03 * sums["kl"]
     torch.testing.assert_close(loss, total / sums["pairs"], rtol=1e-4, atol=1e-6)
 
 
@@ -354,9 +351,9 @@ def test_belief_learns_sessions():
 
 @pytest.mark.parametrize("boundary_belief", ["predict", "stale", "initial"])
 @pytest.mark.parametrize("changes", [
-    {}, dict(oracle_terminations=True, encoder_obs="pre"), dict(reset_hidden_at_session=True), dict(conditioning=False),
-    dict(reset_hidden_at_session=True, conditioning=False),
-], ids=["predicted", "oracle", "reset", "kept, alone", "reset, alone"])  # fmt: skip
+    {}, dict(oracle_terminations=True, encoder_obs="pre"), dict(reset_hidden_at_session=False), dict(
+    conditioning=False), dict(reset_hidden_at_session=False, conditioning=False),
+], ids=["predicted", "oracle", "kept", "reset, alone", "kept, alone"])  # fmt: skip
 @torch.no_grad()
 def test_rollout_is_algorithm_3(boundary_belief, changes):
     """Environment by environment and step by step: what the policy saw, out of what was stored."""
@@ -491,8 +488,9 @@ def test_presets_learn_beliefs_alike():
 
 HARD = [
     "--train-boundaries mixed --elbo-terms 3 --decode-terms 2 --seed 3",
-    "--session-process bernoulli --reset-hidden-at-session --no-session-reconstruction --decoder-dropout 0.2",
-    "--env-id SparsePointRobot --tbptt 5 --encoder-obs pre --oracle-terminations --state-coef 1",
+    "--session-process bernoulli --no-session-reconstruction --decoder-dropout 0.2",
+    "--env-id SparsePointRobot --tbptt 5 --no-reset-hidden-at-session --encoder-obs pre --oracle-terminations "
+    "--state-coef 1",
 ]
 
 
@@ -505,7 +503,7 @@ def test_resume(words, tmp_path):
     "words, named",
     [
         ("--encoder-layers 8 0", "--encoder-layers"),
-        ("--tbptt 5 --reset-hidden-at-session", "--tbptt"),
+        ("--tbptt 5", "--tbptt"),
         ("--prior-layers 0", "--prior-layers"),
         ("--logvar-min 1", "--logvar-min"),
         ("--consistency-coef -1", "--consistency-coef"),

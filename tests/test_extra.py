@@ -7,7 +7,7 @@ import torch
 import ldm
 import varibad
 from common.envs import BadInput, make_envs
-from tests.test_scripts import run
+from tests.test_scripts import resume_equals_straight, run
 
 ENVS = pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot", "HopperMass", "Reacher"])
 EXTRA = pytest.mark.parametrize("extra", ["done", "time"])
@@ -50,13 +50,46 @@ def test_everything_else_stays(env_id, extra, monkeypatch):
             torch.testing.assert_close((mine["final_obs"][:, S], ours[:, S]), expected)
 
 
-@pytest.mark.parametrize("script", [varibad, ldm])
-def test_runs(script, tmp_path):
-    """A whole run on a grid, whose decoders know the cells, and its pictures."""
-    end = run(script, tmp_path, "--extra-obs", "done", eval_interval=0)
+@EXTRA
+def test_what_is_set_reaches_the_environments(extra):
+    """repeat and phase, which laser.py sets: neighbours share tasks, and a phase has mistakes of its own."""
+    plain, envs = (make_envs("MEWA", 6, extra_obs=kind) for kind in ("none", extra))
+    for one in (plain, envs):
+        one.repeat, one.phase = 3, 2
+    tasks = [one.reset()[1]["task"] for one in (plain, envs)]
+    assert torch.equal(*tasks) and len(tasks[0].unique(dim=0)) == 2
+    for action in actions_of(plain):
+        theirs, ours = plain.step(action), envs.step(action)
+        assert torch.equal(theirs[0], ours[0][:, :-1])
+    assert plain.integer_obs and envs.integer_obs == (extra == "done")  # else laser.py would store a time as 0
+
+
+def test_runs(tmp_path):
+    """A whole run on a grid, whose decoder knows the cells, and its pictures."""
+    end = run(varibad, tmp_path, "--extra-obs", "done", eval_interval=0)
     rows = end["processes"][0]["buffer"]["store"]["next_obs"]  # (meta-episodes, T, S)
     assert rows.shape[2] == 3 and rows[:, 4::5, 2].eq(1).all() and rows[..., 2].sum() == 2 * len(rows)
     assert list(tmp_path.glob("belief_*.png"))
+
+
+def test_no_run_on_a_grid_of_ldm(tmp_path):
+    """Its decoder is asked for each cell, and an extra observation would be none of a cell's."""
+    with pytest.raises(BadInput, match="--extra-obs time"):
+        run(ldm, tmp_path, "--extra-obs", "time")
+
+
+def test_resume(tmp_path):
+    """Bit for bit; observations are shifted, the flag beside them is not."""
+    resume_equals_straight(varibad, tmp_path, "--env-id", "SparsePointRobot", "--extra-obs", "done", "--obs-shift", "1")
+    end = torch.load(tmp_path / "straight" / "checkpoint.pt")
+    assert set(end["processes"][0]["buffer"]["store"]["next_obs"][..., 2].unique().tolist()) == {0, 1}
+
+
+def test_your_own(tmp_path):
+    """Environments in worker processes, of a user's factory."""
+    end = run(varibad, tmp_path, "--env-id", "tests.user_envs:good", "--extra-obs", "time")
+    rows = end["processes"][0]["buffer"]["store"]["next_obs"]
+    assert rows[:, -1, -1].eq(1).all() and (rows[..., -1] > 0).all()
 
 
 def test_unknown():

@@ -864,9 +864,10 @@ def test_names_of_an_evaluation():
 
 def test_probe(trained, capsys, monkeypatch):
     """python -m tests.probe: after 1, 2, 3 episodes R^2 of the context, its mean, Bayes' rule: of all, and each."""
-    monkeypatch.setattr(probe, "FIT", 30), monkeypatch.setattr(probe, "HELD", 12)
+    monkeypatch.setattr(probe, "DRAWN", 42)
     probe.main(str(trained[0] / "checkpoint.pt"))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    held, _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert int(held[3]) <= int(held[0]) < 42 / 4  # distinct tasks among the meta-episodes that are judged
     assert [row[:2] for row in rows] == [[f"{k}", name] for k in (1, 2, 3) for name in ("c", "mean", "Bayes")]
     assert all(len(row) == 7 and all(float(x) <= 1 for x in row[2:]) for row in rows)
 

@@ -447,7 +447,7 @@ def test_grid(tmp_path, benchmark):
 
 
 def test_grid_measures(tmp_path, benchmark):
-    """Success in Meta-World, of sampled actions where there are rows of it; scores; LaSER after exploration; returns
+    """Success in Meta-World, of sampled actions where all lines have it; scores; LaSER after exploration; returns
     by episode where older runs have nothing else."""
     success, score = "eval/test/success_rate", "eval/test/score"
     both = curve([0.1, 0.2], key=success) + curve([0.3, 0.4], key=f"eval/test/sampled/{success[10:]}")
@@ -455,10 +455,12 @@ def test_grid_measures(tmp_path, benchmark):
     explored = [row for k in range(4) for row in curve([0, k / 10], key=f"{score}_after_{k}")]
     runs = dict(dme=("ML10", both), varibad=("ML10", curve([0.5, 0.6], key=success)), ldm=("GridWorldLDM", old))
     folders = [write_run(tmp_path / script, rows, script, env_id) for script, (env_id, rows) in runs.items()]
+    folders.append(write_run(tmp_path / "reach", both, "dme", "ML1-reach"))
     folders.append(write_run(tmp_path / "laser", explored, "laser", "MEWAUniform"))
     panels, *_ = benchmark(*folders)
     (left,) = panels["ML10: success (1 seed)"]
-    assert heights(left, "DME")[1].tolist() == [0.3, 0.4] and heights(left, "variBAD")[1].tolist() == [0.5, 0.6]
+    assert heights(left, "DME")[1].tolist() == [0.1, 0.2] and heights(left, "variBAD")[1].tolist() == [0.5, 0.6]
+    assert heights(panels["ML1-reach: success (1 seed)"][0], "DME")[1].tolist() == [0.3, 0.4]
     left, right = panels["GridWorldLDM: success (1 seed)"]
     assert heights(left, "LDM")[1].tolist() == [0.5, 0.25] and heights(right, "LDM")[1].tolist() == [1, 2]
     assert dashed(left) == [[3 / 27, 3 / 27]] and dashed(right) == [] and "return" in right.get_title(loc="left")

@@ -63,16 +63,16 @@ def parse(script, *words):
     return parse_args(script.Args, script.PRESETS, getattr(script, "SMALL", {}), [str(word) for word in words])
 
 
-def main(script, *words):
+def main(script, *words, log_every=1):
     """`python script.py words` in this process, every iteration logged; mistakes and failures raise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.run, "LOG_EVERY", 1)
+        patch.setattr(common.run, "LOG_EVERY", log_every)
         script.main(parse(script, *words))
 
 
-def run(script, folder, *words, eval_interval=-1):
+def run(script, folder, *words, eval_interval=-1, log_every=1):
     """A tiny run in this process. Returns its last checkpoint."""
-    main(script, *tiny(script, "--eval-interval", eval_interval, "--run-dir", folder, *words))
+    main(script, *tiny(script, "--eval-interval", eval_interval, "--run-dir", folder, *words), log_every=log_every)
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
@@ -554,6 +554,14 @@ def test_seeds_and_evaluation(trained, tmp_path):
     for name, tensor in end["agent"].items():
         constant = name.startswith(("first_norm", "encoder.obs_norm")) or tensor.numel() < 2
         assert constant or not tensor.is_floating_point() or f"/agent/{name}" in different, name
+
+
+def test_to_look_changes_nothing(trained, tmp_path):
+    """Rows of metrics, with all that is measured for them alone, or none but the last: the same weights."""
+    script, folder, _ = trained
+    often, seldom = (run(script, tmp_path / str(n), *HARD[script], eval_interval=0, log_every=n) for n in (1, 10**9))
+    assert len(metrics(tmp_path / "1")) > len(metrics(tmp_path / str(10**9)))
+    assert set(same(often, seldom)) <= OF_THE_CALL
 
 
 def continued(script, straight, resumed, *words):

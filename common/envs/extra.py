@@ -11,7 +11,7 @@ EXTRAS = ("none", "done", "time")
 
 
 class ExtraObs:
-    """Environments whose observations have a last entry, float32; all else is that of `envs`.
+    """Environments whose observations have a last entry, float32; all else is that of `envs`, and is set there.
 
     done: 1 where the step ended an episode, in its last state and in the next one's first, else 0 (variBAD's code has
           such a flag, and SDVT's on Meta-World; without one, nothing tells encoder and policy that an episode is over).
@@ -20,17 +20,21 @@ class ExtraObs:
     Raises BadInput for another name.
     """
 
+    own = ("envs", "extra", "elapsed", "single_observation_space", "integer_obs")
+
     def __init__(self, envs, extra):
         if extra not in EXTRAS[1:]:
             raise BadInput(f"unknown extra observation {extra!r}: choose {' or '.join(EXTRAS)}")
         self.envs, self.extra, self.elapsed = envs, extra, 0
         low, high = (np.append(getattr(envs.single_observation_space, end), x) for end, x in (("low", 0), ("high", 1)))
         self.single_observation_space = Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
-        if hasattr(envs, "cells"):  # of a grid, ldm.py's
-            self.cells = F.pad(envs.cells, (0, 1))
+        self.integer_obs = extra == "done" and getattr(envs, "integer_obs", False)
 
     def __getattr__(self, name):
         return getattr(self.envs, name)
+
+    def __setattr__(self, name, value):
+        object.__setattr__(self if name in self.own else self.envs, name, value)
 
     def reset(self, tasks=None):
         obs, info = self.envs.reset(tasks=tasks)

@@ -30,7 +30,8 @@ class MujocoEnvs(TensorEnvs):
         goals(u)         float64 (N, 2) in [0, 1) -> drawn tasks (N, G); here: one of the evaluation tasks
         observe(q, v)    positions (n, nq), velocities (n, nv) -> obs (n, S)
         reward(q, new_q, a, task)    positions before and after, actions (n, A), tasks (n, G) -> (n,)
-        control_cost     whose actions these are: raw, the policy's, or clipped, the ones that MuJoCo had
+        control_cost     whose actions these are: raw, the policy's, in a space without bounds; or clipped, those that
+                         MuJoCo gets
         healthy(q, v)    bool (n,), whether the episode goes on; None: always to its end
         healthy_reward   of each step after which it does
         models(rows)     a list, the model of each of `rows`, bool (N,); here the one that all share
@@ -79,7 +80,8 @@ class MujocoEnvs(TensorEnvs):
         self.task_table = torch.tensor([*named.values()], dtype=torch.float32)
         self.model = mujoco.MjModel.from_xml_path(f"{gymnasium.__path__[0]}/envs/mujoco/assets/{self.xml}")
         self.dt = self.frame_skip * self.model.opt.timestep
-        self.single_action_space = Box(-1, 1, (self.model.nu,), np.float32)
+        bound = np.inf if self.control_cost == "raw" else 1  # what is paid for is what others may have to see
+        self.single_action_space = Box(-bound, bound, (self.model.nu,), np.float32)
         num_threads = min(num_threads or cores(), num_envs)
         self.pool = Rollout(nthread=num_threads)  # kept: it owns the threads
         self.scratch = [mujoco.MjData(self.model) for _ in range(num_threads)]
