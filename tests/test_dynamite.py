@@ -254,7 +254,7 @@ def test_worked_vector():
 
 @pytest.mark.parametrize("no", ["", "conditioning", "consistency"])
 def test_preset_weighs_sums(no):
-    """On the grid's sessions of 15 steps: sums weighed as in Table 2, R + .03 KL + .5 C + T, over the number of pairs."""
+    """On the grid's sessions of 15 steps: sums weighed as Table 2 has it, R + .03 KL + .5 C + T, over all pairs."""
     preset = {name: value for name, value in dynamite_rl.PRESETS["GridWorldAlternating"].items() if "_coef" in name}
     s = setup(horizon=60, session_process="fixed", **preset, **{no: False} if no else {})
     data = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)
