@@ -411,7 +411,7 @@ class BeliefModel(BeliefEncoder):
             (self.grid and self.cell is None, needs),
             (
                 self.grid and args.extra_obs != "none",
-                f"--extra-obs {args.extra_obs}: a grid's decoder knows cells alone",
+                f"--extra-obs {args.extra_obs}: a grid's decoder knows cells alone, choose mlp",
             ),
         )
         if args.reward_decoder == "multihead":

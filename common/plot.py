@@ -29,6 +29,7 @@ from common.envs import BadInput
 
 # arguments that change nothing of what a run learns
 USUAL = {"belief", "conditioning", "consistency", "session_reconstruction"}  # switches that are on unless one says so
+OFF = dict(actor_gain=1.0, extra_obs="none", control_cost="")  # what changes nothing, and older runs do not know
 NO_SETTING = set(
     "seed run_dir resume evaluate explored cuda compile track capture_video eval_interval checkpoint_interval "
     "versions".split()
@@ -360,6 +361,8 @@ def read_run(folder):
         good = False
     if not good:  # what every run has
         raise BadInput(f"{folder}/config.json does not hold a run's arguments")
+    for name in [name for name, value in OFF.items() if config.get(name) == value]:
+        del config[name]
     for name in USUAL & config.keys():  # what a run does without tells it from others; older ones say it so
         config[f"no_{name}"] = not config.pop(name)
     lines = Path(folder, "metrics.csv").read_text(errors="replace").split("\n")[:-1]
@@ -548,7 +551,7 @@ def compare(folders, key, out, smooth=1):
     for run in runs:
         if key not in run.metrics:
             print(f"plot: {run.folder} has no {key} and is left out", file=sys.stderr)
-    split = "/".join(key.split("/")[: 2 if key.startswith("eval/") else 1])
+    split = re.match(r"eval/[^/]+(/sampled)?|[^/]*", key)[0]
     name = next((name for name in ("success_rate", "score") if name in key), "return")
     groups = group_runs([run for run in runs if key in run.metrics])
     notes = ["interquartile mean and its 95 % bootstrap interval over seeds"] * any(len(g) > 1 for g in groups.values())

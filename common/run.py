@@ -57,6 +57,7 @@ LOG_EVERY = 10_000  # steps between two rows of metrics; evaluations are logged 
 # Arguments that a checkpoint's environments and buffers were made with: --resume cannot change them.
 FIXED = "env_id num_envs horizon episodes_per_task buffer_size reward_version split_rule oracle control_cost "
 FIXED += "extra_obs sessions session_process"
+SEEN = "control_cost extra_obs"  # nor can --evaluate change what networks learnt to read
 
 
 class Run:
@@ -195,7 +196,7 @@ class Run:
     def restore(self, fixed):
         """Loads the checkpoint: of --evaluate the modules alone. Raises BadInput where it does not fit."""
         args, state, path = self.args, self.state, self.args.resume or self.args.evaluate
-        for name in f"{FIXED} {fixed}".split() if args.resume else fixed.split():
+        for name in f"{FIXED if args.resume else SEEN} {fixed}".split():
             if getattr(args, name) != state["args"][name]:
                 raise BadInput(f"{flag(name)} {getattr(args, name)}: {path} was saved with {state['args'][name]}")
         odd = state.keys() ^ {*CHECKPOINT, *self.parts}

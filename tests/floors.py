@@ -44,7 +44,8 @@ def floors(env_id, sessions=0):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("env", nargs="?", default="HalfCheetahVelSessions")
+    known = ["Reacher", "HalfCheetahVelSessions", "HalfCheetahWindVelSessions"]
+    parser.add_argument("env", nargs="?", default=known[1], choices=known)
     parser.add_argument("--sessions", type=int, default=0)
     words = parser.parse_args()
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import torch
 import ldm
 import varibad
 from common.envs import BadInput, make_envs
-from tests.test_scripts import resume_equals_straight, run
+from tests.test_scripts import main, resume_equals_straight, run
 
 ENVS = pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot", "HopperMass", "Reacher"])
 EXTRA = pytest.mark.parametrize("extra", ["done", "time"])
@@ -76,6 +76,14 @@ def test_no_run_on_a_grid_of_ldm(tmp_path):
     """Its decoder is asked for each cell, and an extra observation would be none of a cell's."""
     with pytest.raises(BadInput, match="--extra-obs time"):
         run(ldm, tmp_path, "--extra-obs", "time")
+
+
+@pytest.mark.parametrize("other", ["time", "none"])
+def test_evaluate_what_was_learnt(other, tmp_path):
+    """No policy is evaluated on observations that it did not learn to read."""
+    run(varibad, tmp_path, "--extra-obs", "done")
+    with pytest.raises(BadInput, match=f"--extra-obs {other}: .*checkpoint.pt was saved with done"):
+        main(varibad, "--evaluate", tmp_path / "checkpoint.pt", "--extra-obs", other)
 
 
 def test_resume(tmp_path):

@@ -446,6 +446,25 @@ def test_grid(tmp_path, benchmark):
     assert [text.get_text() for text in legend.get_texts()] == ["variBAD", "RL2", "without belief"]
 
 
+def test_sampled_actions(tmp_path):
+    """Curves, adaptation and names of --key eval/test/sampled/...: none of the most likely actions'."""
+    rows = [row for k in (1, 2) for row in curve([0.5, k], key=f"eval/test/sampled/return_episode_{k}")]
+    rows += [row for k in (1, 2) for row in curve([0.5, 10 * k], key=f"{KEY}_episode_{k}")]
+    folder = write_run(tmp_path / "run", curve([1, 2], key="eval/test/sampled/return") + rows, "varibad", "ML10")
+    *_, row = plot.compare([folder], "eval/test/sampled/return", tmp_path)
+    assert [cell.strip() for cell in row.split("|")[4:6]] == ["2", "1, 2"]
+    assert plot.describe("eval/test/sampled/return_episode_2") == "return in episode 2, test tasks, sampled actions"
+
+
+def test_older_runs_are_of_the_same_group(tmp_path):
+    """Arguments that they do not know, at values that change nothing; others tell them apart."""
+    new = dict(actor_gain=1.0, extra_obs="none", control_cost="")
+    configs = [dict(seed=1), dict(seed=2) | new, dict(seed=3) | new | dict(extra_obs="done")]
+    folders = [write_run(tmp_path / str(n), curve([1, 2]), **config) for n, config in enumerate(configs)]
+    groups = plot.label_runs([plot.read_run(folder) for folder in folders])
+    assert {label: len(runs) for label, runs in groups.items()} == {"variBAD": 2, "variBAD, extra obs done": 1}
+
+
 def test_grid_measures(tmp_path, benchmark):
     """Success in Meta-World, of sampled actions where all lines have it; scores; LaSER after exploration; returns
     by episode where older runs have nothing else."""

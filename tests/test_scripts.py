@@ -704,6 +704,8 @@ def test_a_process_that_lacks_something(finished, part, monkeypatch, capsys, tmp
         ("--episodes-per-task 3", "--episodes-per-task"),
         ("--reward-version v1", "--reward-version"),
         ("--split-rule ldm", "--split-rule"),
+        ("--extra-obs time", "--extra-obs"),
+        ("--oracle", "--oracle"),
         ("--env-id SparsePointRobot --reward-decoder mlp", "--env-id"),
         ("--evaluate other.pt", "--evaluate"),
     ],

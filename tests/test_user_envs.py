@@ -362,8 +362,8 @@ def children():
 def test_other_splits():
     refused(["the split test has no tasks"], make_envs, "tests.user_envs:no_test_tasks", 3, "test")
     refused(["split is 'train'", "test"], make_envs, "tests.user_envs:always_train", 3, "test")
-    refused(["'all' of --oracle", "SparsePointRobot", "train and test"], make_envs, "SparsePointRobot", 3, "all")
-    refused(["'all' of --oracle", "train and test"], make_envs, "tests.user_envs:good", 3, "all")
+    refused(["--oracle", "SparsePointRobot", "train and test"], make_envs, "SparsePointRobot", 3, "all")
+    refused(["--oracle", "train and test"], make_envs, "tests.user_envs:good", 3, "all")
 
 
 @pytest.mark.parametrize(

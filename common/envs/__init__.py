@@ -104,14 +104,14 @@ def make_envs(
         check_splits(splits)
     splits = [*splits, "all"] if getattr(factory, "joins", False) else [*splits]
     if split not in splits:
-        asked = " of --oracle" if split == "all" else ""
-        raise BadInput(f"unknown split {split!r}{asked}: {env_id} has {' and '.join(splits)}")
+        asked = "--oracle, the split of all tasks" if split == "all" else f"unknown split {split!r}"
+        raise BadInput(f"{asked}: {env_id} has {' and '.join(splits)}")
     if own and not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
         options = {name: size for name, size in options.items() if name in parameters}
     if "split_rule" in parameters:
         options["split_rule"] = split_rule
     its = dict(sessions=(sessions, "sessions"), session_process=(session_process, "sessions"))
-    for name, (value, what) in (its | dict(control_cost=(control_cost, "control cost to choose"))).items():
+    for name, (value, what) in (its | dict(control_cost=(control_cost, "choice of it"))).items():
         if value and name not in parameters:
             raise BadInput(f"{name} {value}: {env_id} has no {what}")
         if value:
