@@ -25,8 +25,8 @@ Section of the paper                                             function
 Where this leaves the paper, and the authors' code
     KL weight: their code's, which has a mean over decoded transitions and not the text's sum; see --kl-coef.
     Roles and weights are drawn anew for every meta-episode; the policy sees b_t alone, so that b_0 has not read s_0.
-    At an episode's end encoder-p reads its last state with a flag, as in their code, but so does it on MuJoCo, where
-    PPO's windows end there (no gradient reaches the flag's weights); the policy acts on the next episode's first state.
+    At an episode's end encoder-p reads its last state with a flag (their code), and the policy acts on the next one's
+    first. With two PPO windows of two episodes no gradient reaches the flag's weights: each window ends there.
     The buffer holds the last meta-episodes (theirs takes no more once it has seen as many as it holds).
     MuJoCo: an iteration has 400 steps (theirs 200), so twice the minibatches and belief updates; credit flows between
     episodes; inputs of the belief model are standardised; the policy's observations are normalised once an iteration,

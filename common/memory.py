@@ -47,7 +47,6 @@ def count_weights(args):
 def phase_1_memory(args, buffer_bytes, token_dim):
     """Bytes of laser.py's phase 1, roughly: of the weights (with Adam and the target), the buffer, and the batch of an
     update of its transformers."""
-
     length, size = (args.horizon + 1) * args.episodes_per_task, args.d_model
     block = 4 * size**2 + 2 * size * args.feed_forward
     encoder = (2 * args.num_layers + 2) * block + 2 * token_dim * size
