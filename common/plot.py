@@ -727,6 +727,8 @@ def benchmark(folders, out, smooth=1):
         measure = PANELS[env_id][0].replace("success_rate", "success")
         panels[env_id] = f"{env_id}: {f'{measure} ({seeds})' if rows else 'not run'}", *panel
         table += rows
+    if len(table) == 2:
+        raise BadInput(f"none of these runs has evaluations on an environment of --grid: {', '.join(PANELS)}")
     note = "left: over environment steps; right: by episode of a task (LaSER: of which all but the last explored)\n"
     note += "interquartile mean over seeds, 95 % bootstrap interval (one seed: none); dashed: bounds and floors"
     note += f"; means of {smooth} rows" * (smooth > 1)

@@ -521,7 +521,16 @@ def test_grid_of_the_runs_behind_the_readme(tmp_path, capsys, monkeypatch):
     assert {row[0] for row in rows[2:]} <= set(plot.PANELS)
 
 
-# ---------- Bad input ----------
+def test_grid_of_nothing(tmp_path, capsys):
+    """Runs without an evaluation, or on other environments, leave no picture of empty panels."""
+    early = write_run(tmp_path / "early", [(0, "charts/SPS", 1)])
+    elsewhere = write_run(tmp_path / "elsewhere", curve([0, 1]), env_id="AntDir")
+    status, out, err = command(capsys, "--grid", early, elsewhere, "--out", tmp_path)
+    assert status == 2 and out == [] and "none of these runs has evaluations" in err[-1]
+    assert not (tmp_path / "benchmark.png").exists()
+
+
+# ---------- Boxes ----------
 
 
 def test_boxes(tmp_path, capsys, monkeypatch):
@@ -558,6 +567,9 @@ def damaged(name, text):
 
 
 HEADER = "global_step,key,value\n"
+
+
+# ---------- Bad input ----------
 
 
 @pytest.mark.parametrize(
