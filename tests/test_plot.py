@@ -558,6 +558,9 @@ def test_boxes(tmp_path, capsys, monkeypatch):
         assert status == 2 and "a11" in line and lack in line
 
 
+# ---------- Bad input ----------
+
+
 def damaged(name, text):
     def make(folder):
         write_run(folder, curve([1, 2]))
@@ -567,9 +570,6 @@ def damaged(name, text):
 
 
 HEADER = "global_step,key,value\n"
-
-
-# ---------- Bad input ----------
 
 
 @pytest.mark.parametrize(
