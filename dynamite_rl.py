@@ -49,7 +49,7 @@ Equation (of the paper)                                          function
 
 Where this leaves the paper
     Session ends learn from the simulator's true ones, in training alone: the paper does not say how they could.
-    Rollouts follow predictions, q(d = 1) > 1/2; where none is predicted, a rollout never conditions.
+    Rollouts follow predictions, q(d = 1) > 1/2, or draws (--draw-ends); without ends a rollout never conditions.
     (6) as printed would maximise the consistency penalty: it is subtracted. Of (7), lambda weighs the KL alone.
     Each sum of the loss is a mean, so that no weight depends on the length of sessions: as sums, (4) and the KL would
     count less the longer they are. (4) leaves out a session's belief before its first step.
@@ -169,6 +169,7 @@ class DynaMITE:
     consistency_detach: bool = False  # no gradient into a session's last belief from (4) (the paper does not say)
     termination_coef: AtLeast0 = 1.0  # weight of the loss of session ends, in the mean over transitions (ours)
     oracle_terminations: bool = False  # the rollout's session ends are the true ones [paper's oracle]
+    draw_ends: bool = False  # they are drawn from q(d), as in Algorithm 3; off: where q(d = 1) > 1/2 (ours)
     # KL of each belief to its session's prior (session, ours); that of each session's last belief alone (final-only,
     # the paper's appendix A, literally); of each to the one before (sequential, variBAD).
     kl: Literal["session", "final-only", "sequential"] = "session"
@@ -198,10 +199,7 @@ def check_args(args):
     """BadInput for arguments that do not fit each other."""
     steps = args.num_envs // ranks() * args.horizon * args.episodes_per_task
     refuse(
-        (
-            steps % args.num_minibatches,
-            f"--num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration",
-        ),
+        (steps % args.num_minibatches, f"--num-minibatches {args.num_minibatches} does not divide {steps} steps"),
         (
             args.belief and is_blind(args.total_timesteps - 1, args),
             f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}: choose 0",
@@ -434,8 +432,9 @@ class BeliefModel(nn.Module):
         return self.gaussian(self.prior(condition))
 
     def terminates(self, hidden):
-        """Whether q(d = 1) > 1/2 (ours; the paper draws d): hidden (N, D) -> bool (N,)."""
-        return self.termination(hidden).squeeze(-1) > 0
+        """d of the transition that was read last: hidden (N, D) -> bool (N,)."""
+        logits = self.termination(hidden).squeeze(-1)
+        return torch.rand_like(logits) < logits.sigmoid() if self.args.draw_ends else logits > 0
 
     def belief(self, hidden):
         """What the policy sees, the parts of `belief_sizes` side by side: hidden (N, D) -> (N, 2 Z)."""

@@ -134,10 +134,7 @@ def check_args(args):
     """BadInput for arguments that do not fit each other."""
     steps = args.num_envs // ranks() * args.horizon * args.episodes_per_task
     refuse(
-        (
-            steps % args.num_minibatches,
-            f"--num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration",
-        ),
+        (steps % args.num_minibatches, f"--num-minibatches {args.num_minibatches} does not divide {steps} steps"),
         (
             args.belief and is_blind(args.total_timesteps - 1, args),
             f"--belief-warmup {args.belief_warmup} takes all of --total-timesteps {args.total_timesteps}: choose 0",

@@ -349,6 +349,17 @@ def test_belief_learns_sessions():
 # ---------- Rollouts ----------
 
 
+@torch.no_grad()
+def test_session_ends_are_drawn():
+    """With --draw-ends as often as q(d = 1) says; without it where that is above a half."""
+    for draw, chance, often in ((True, 0.3, 0.3), (True, 0.8, 0.8), (False, 0.3, 0.0), (False, 0.8, 1.0)):
+        s = setup(draw_ends=draw, num_envs=50, horizon=80, buffer_size=50)
+        torch.nn.init.zeros_(s.model.termination.weight)
+        torch.nn.init.constant_(s.model.termination.bias, math.log(chance / (1 - chance)))
+        ends = dynamite_rl.rollout(s.envs, s.agent, s.model, s.args)["predicted_end"].float()
+        assert abs(ends.mean() - often) < 0.03 and (not draw or ends.std(0).min() > 0), (draw, chance)
+
+
 @pytest.mark.parametrize("boundary_belief", ["predict", "stale", "initial"])
 @pytest.mark.parametrize("changes", [
     {}, dict(oracle_terminations=True, encoder_obs="pre"), dict(reset_hidden_at_session=False), dict(
