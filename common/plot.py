@@ -725,7 +725,7 @@ def benchmark(folders, out, smooth=1):
         many = sorted({len(members) for members in groups.values()})
         seeds = f"{'-'.join(map(str, many[:: max(len(many) - 1, 1)]))} seed{'s' * (many[-1:] > [1])}"
         measure = PANELS[env_id][0].replace("success_rate", "success")
-        panels[env_id] = f"{env_id}: {f'{measure} ({seeds})' if rows else 'not run'}", *panel
+        panels[env_id] = f"{env_id}: {f'{measure} ({seeds})' if rows else 'no rows'}", *panel
         table += rows
     if len(table) == 2:
         raise BadInput(f"none of these runs has evaluations on an environment of --grid: {', '.join(PANELS)}")
