@@ -417,7 +417,7 @@ def test_grid(tmp_path, benchmark):
     names = "GridWorld SparsePointRobot GridWorldLDM HalfCheetahVel GridWorldAlternating Reacher MEWAUniform".split()
     assert [title.split(":")[0] for title in panels] == [*names, "HopperMass", "ML1-reach", "ML10"]
     shown = ["GridWorld: return (1-5 seeds)", "Reacher: return (2 seeds)"]
-    assert [title for title in panels if "not run" not in title] == shown
+    assert [title for title in panels if "no rows" not in title] == shown
     left, right = panels["GridWorld: return (1-5 seeds)"]
     (alone,) = panels["Reacher: return (2 seeds)"]  # it has one episode
     colours = {}
