@@ -737,6 +737,7 @@ class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1]:
             os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a job in the background it is ignored
 sys.meta_path.insert(0, Watch())
 sys.path.insert(0, sys.argv[2])
 runpy.run_path(sys.argv[2] + "/varibad.py", run_name="__main__")
