@@ -169,7 +169,7 @@ class DynaMITE:
     consistency_detach: bool = False  # no gradient into a session's last belief from (4) (the paper does not say)
     termination_coef: AtLeast0 = 1.0  # weight of the loss of session ends, in the mean over transitions (ours)
     oracle_terminations: bool = False  # the rollout's session ends are the true ones [paper's oracle]
-    draw_ends: bool = False  # they are drawn from q(d), as in Algorithm 3; off: where q(d = 1) > 1/2 (ours)
+    draw_ends: bool = False  # ends are drawn from q(d), as in Algorithm 3; off: they are where q(d = 1) > 1/2 (ours)
     # KL of each belief to its session's prior (session, ours); that of each session's last belief alone (final-only,
     # the paper's appendix A, literally); of each to the one before (sequential, variBAD).
     kl: Literal["session", "final-only", "sequential"] = "session"
