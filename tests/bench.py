@@ -233,11 +233,12 @@ def bench_mujoco(seconds, num_envs=16, horizon=200):
         pipe.send(None)
 
 
-def train(root, script, env_id, words, steps):
+def train(root, script, env_id, words, steps, processes=1):
     """A training run of a checkout's script, evaluation aside: key of metrics.csv -> its values."""
     rows = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script, "--env-id", env_id, *words, "--total-timesteps", str(steps)]
+        shared = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--"] * (processes > 1)
+        command = [sys.executable, *shared, script, "--env-id", env_id, *words, "--total-timesteps", str(steps)]
         command += ["--eval-interval", "-1", "--run-dir", folder]
         subprocess.run(command, check=True, capture_output=True, cwd=root)
         with open(f"{folder}/metrics.csv") as file:
@@ -278,6 +279,20 @@ def bench_scripts(seconds, against=None):
             "(environments are part of the rollout)",
             flush=True,
         )
+
+
+def bench_processes(seconds):
+    """Training steps/s of dme.py on ML10, evaluation aside: one process, and two that share its environments and
+    batches, in turn: five iterations each, whatever `seconds` says."""
+    words = ["--precollect", "0", "--belief-warmup", "0"]
+    runs = [[train(".", "dme.py", "ML10", words, 60_000, n) for n in (1, 2)] for _ in range(3)]
+    rates = [[rows["charts/SPS"][-1] for rows in each] for each in runs]
+    one, two = (statistics.median(column) for column in zip(*rates))
+    ratio = statistics.median(b / a for a, b in rates)
+    print(
+        f"processes: dme.py --env-id ML10: {one:,.0f} steps/s in one, {two:,.0f} in two, two / one {ratio:.2f}",
+        flush=True,
+    )
 
 
 def bench_gru(seconds):
@@ -396,6 +411,7 @@ BENCHMARKS = {
     "mujoco": bench_mujoco,
     "mewa": bench_mewa,
     "scripts": bench_scripts,
+    "processes": bench_processes,
     "cuda": bench_cuda,
 }
 
