@@ -59,7 +59,7 @@ def reward_error(script, model, args, data, first, last):
     return error, steps["rewards"][steps["alive"]].var().item()
 
 
-DRAWN = 600  # tasks of laser.py's probe
+DRAWN = 2400  # meta-episodes of laser.py's probe, of about as many tasks
 
 
 def linear_probe(fit, task, held):
@@ -106,9 +106,10 @@ def probe_contexts(path):
     with Run(args) as run:
         encoder, explorer, _ = script.make_networks(args, run.envs)
         load_modules(path, run.state, dict(encoder=encoder, explorer=explorer))
+        envs = run.make_envs(run.envs.split, args.num_envs * args.meta_episodes)  # as many as phase 1 has
         rounds, K = [], args.episodes_per_task
         while sum(len(one["task"]) for one in rounds) < DRAWN:
-            data = script.explore(run.envs, encoder, explorer, args)
+            data = script.explore(envs, encoder, explorer, args)
             one = dict(task=data["task"])
             for k in range(1, K + 1):
                 valid = data["valid"].clone()
@@ -118,12 +119,12 @@ def probe_contexts(path):
                     *encoder.latents(tokens, valid)[:1], encoder.gammas(tokens, valid), encoder.z_hat, valid
                 )
                 one[f"c{k}"], one[f"mean{k}"] = c.flatten(1), c.sum(1) / valid.sum(1, keepdim=True)
-                if hasattr(run.envs, "chance"):
+                if hasattr(envs, "chance"):
                     steps = [data[name][: k * args.horizon] for name in ("obs", "actions", "next_obs", "alive")]
-                    one[f"bayes{k}"] = bayes(run.envs.drawn_from.clamp(0, 1), *mistakes(*steps))
+                    one[f"bayes{k}"] = bayes(envs.drawn_from.clamp(0, 1), *mistakes(*steps))
             rounds.append(one)
         found = {name: torch.cat([one[name] for one in rounds]) for name in rounds[0]}
-        task = found["task"].clamp(0, 1) if hasattr(run.envs, "chance") else found["task"]
+        task = found["task"].clamp(0, 1) if hasattr(envs, "chance") else found["task"]
     distinct, which = task.unique(dim=0, return_inverse=True)  # no task is both fitted on and judged on
     held = (torch.randperm(len(distinct)) < len(distinct) / 5)[which]
     print(f"{held.sum()} meta-episodes of {which[held].unique().numel()} tasks that were not among the fitted ones")
