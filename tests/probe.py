@@ -59,7 +59,7 @@ def reward_error(script, model, args, data, first, last):
     return error, steps["rewards"][steps["alive"]].var().item()
 
 
-DRAWN = 2400  # meta-episodes of laser.py's probe, of about as many tasks
+DRAWN = 2400  # meta-episodes of laser.py's probe
 
 
 def linear_probe(fit, task, held):
