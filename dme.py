@@ -618,7 +618,8 @@ def normalise_rewards(rewards, alive, return_norm, args):
 def ppo_update(agent, optimizer, data, ent_coef, args):
     """Epochs of minibatches of PPO's clipped objective on an iteration's steps. Returns a dict of mean terms.
 
-    data: obs (T, N, S), beliefs (T + 1, N, .), actions (T, N, .), logprobs, values, advantages, returns, alive (T, N).
+    data: obs (T, N, S), beliefs (T + 1, N, .), actions (T, N, .), logprobs, values, advantages, returns, alive (T, N),
+    orders of all steps, one for each epoch.
     """
     b = {name: data[name].flatten(0, 1) for name in ("obs", "actions", "logprobs", "advantages", "returns", "alive")}
     b["beliefs"], b["values"] = data["beliefs"][:-1].flatten(0, 1), data["values"][:-1].flatten()
@@ -629,8 +630,7 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     b["advantages"] = (b["advantages"] - mean) / (std + 1e-5)
     size = len(alive) // args.num_minibatches
     log = []
-    for _ in range(args.update_epochs):
-        order = torch.randperm(len(alive), device=alive.device)
+    for order in data["orders"]:
         shuffled = {name: x[order].split(size) for name, x in b.items()}
         for i in range(args.num_minibatches):
             mb = {name: parts[i] for name, parts in shuffled.items()}
@@ -781,15 +781,10 @@ def main(args):
                 counted = alive & (not virtual)  # virtual rewards do not move the scale
                 rewards = normalise_rewards(rewards, counted, agent.return_norm, args)
             data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], alive, args)
-            losses = {}
-            if run.global_step > max(steps, args.precollect):
-                losses = ppo_update(agent, optimizer, data, ent_coef, args)
-            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
-            agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
-            agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
-            if not blind:
-                agent.belief_norm.update(data["beliefs"][:-1].flatten(0, 1), alive.flatten())
-            run.lap("ppo")
+            losses, policy = {}, None
+            if run.global_step > max(steps, args.precollect):  # beside the belief's updates
+                data["orders"] = [torch.randperm(alive.numel(), device=run.device) for _ in range(args.update_epochs)]
+                policy = run.beside(ppo_update, agent, optimizer, data, ent_coef, args)
 
             if learns_belief:
                 if args.standardise_inputs and not virtual:  # each update moves them less
@@ -807,6 +802,13 @@ def main(args):
                     with torch.random.fork_rng([run.device] if args.cuda else []):  # a look changes no draw
                         losses |= signs_of_life(model, buffer.sample(share(args.belief_batch)))
             run.lap("belief")
+            losses = (policy.result() if policy else {}) | losses
+            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
+            agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
+            agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
+            if not blind:
+                agent.belief_norm.update(data["beliefs"][:-1].flatten(0, 1), alive.flatten())
+            run.lap("ppo")
 
             run.log(losses, data, {"charts/virtual": float(virtual)})
             if run.due(args.eval_interval):

@@ -728,7 +728,8 @@ def normalise_rewards(rewards, alive, return_norm, args):
 def ppo_update(agent, optimizer, data, ent_coef, args):
     """Epochs of minibatches of PPO's clipped objective on an iteration's steps. Returns a dict of mean terms.
 
-    data: obs (T, N, S), beliefs (T + 1, N, .), actions (T, N, .), logprobs, values, advantages, returns, alive (T, N).
+    data: obs (T, N, S), beliefs (T + 1, N, .), actions (T, N, .), logprobs, values, advantages, returns, alive (T, N),
+    orders of all steps, one for each epoch.
     """
     b = {name: data[name].flatten(0, 1) for name in ("obs", "actions", "logprobs", "advantages", "returns", "alive")}
     b["beliefs"], b["values"] = data["beliefs"][:-1].flatten(0, 1), data["values"][:-1].flatten()
@@ -739,8 +740,7 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     b["advantages"] = (b["advantages"] - mean) / (std + 1e-5)
     size = len(alive) // args.num_minibatches
     log = []
-    for _ in range(args.update_epochs):
-        order = torch.randperm(len(alive), device=alive.device)
+    for order in data["orders"]:
         shuffled = {name: x[order].split(size) for name, x in b.items()}
         for i in range(args.num_minibatches):
             mb = {name: parts[i] for name, parts in shuffled.items()}
@@ -882,10 +882,8 @@ def main(args):
         envs, learns_belief = run.envs, args.belief and not args.oracle_context
         steps = args.num_envs * envs.meta_horizon  # of an iteration: a meta-episode in every environment
         model = BeliefModel(args, envs).to(run.device)
-        sizes = model.belief_sizes
-        if args.oracle_context:
-            truth = run.truth()
-            sizes = dict(context=truth.get("context", truth["task"]).shape[1])
+        truth = run.truth() if args.oracle_context else {}
+        sizes = dict(context=truth.get("context", truth["task"]).shape[1]) if truth else model.belief_sizes
         agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space, sizes).to(run.device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
         belief_optimizer = torch.optim.Adam(model.parameters(), lr=args.belief_learning_rate, fused=True)
@@ -927,15 +925,10 @@ def main(args):
             if args.norm_reward:
                 rewards = normalise_rewards(rewards, alive, agent.return_norm, args)
             data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], alive, args)
-            losses = {}
-            if run.global_step > max(steps, args.precollect):
-                losses = ppo_update(agent, optimizer, data, ent_coef, args)
-            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
-            agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
-            agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
-            if not blind:
-                agent.belief_norm.update(data["beliefs"][:-1].flatten(0, 1), alive.flatten())
-            run.lap("ppo")
+            losses, policy = {}, None
+            if run.global_step > max(steps, args.precollect):  # beside the belief's updates
+                data["orders"] = [torch.randperm(alive.numel(), device=run.device) for _ in range(args.update_epochs)]
+                policy = run.beside(ppo_update, agent, optimizer, data, ent_coef, args)
 
             if learns_belief:
                 if args.standardise_inputs:  # each update moves them less
@@ -947,6 +940,13 @@ def main(args):
                     terms = update_belief(model, belief_optimizer, buffer, args)
                     losses |= {f"belief_{name}": term for name, term in terms.items()}
             run.lap("belief")
+            losses = (policy.result() if policy else {}) | losses
+            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
+            agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
+            agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
+            if not blind:
+                agent.belief_norm.update(data["beliefs"][:-1].flatten(0, 1), alive.flatten())
+            run.lap("ppo")
 
             rates = session_rates(all_sum(session_sums(data))) if run.logs() else {}
             run.log(losses, data, {f"charts/{name}": rate for name, rate in rates.items()})

@@ -675,8 +675,8 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     """Epochs of minibatches of PPO's clipped objective on an iteration's meta-episodes. Returns a dict of mean terms.
 
     data: obs (T, N, S), read_obs, actions (T, N, .), beliefs (T + 1, N, .), rewards, logprobs, values, advantages,
-    returns, alive (T, N), hiddens (windows, N, D). A minibatch holds all w steps of some windows: encoder-p reads them
-    anew each time.
+    returns, alive (T, N), hiddens (windows, N, D), orders of the windows, one of each epoch. A minibatch holds all w
+    steps of some windows: encoder-p reads them anew each time.
     """
     T = len(data["obs"])
     w = T // args.ppo_windows
@@ -690,8 +690,7 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     b["advantages"] = (b["advantages"] - mean) / (std + 1e-5)
     size = alive.shape[1] // args.num_minibatches
     log = []
-    for _ in range(args.update_epochs):
-        order = torch.randperm(alive.shape[1], device=alive.device)
+    for order in data["orders"]:
         shuffled = {name: x[:, order].split(size, 1) for name, x in b.items()}
         for i in range(args.num_minibatches):
             mb = {name: parts[i] for name, parts in shuffled.items()}
@@ -848,12 +847,8 @@ def main(args):
             mixture = draw_mixture(args, envs.num_envs, run.device) if learns_belief else None
             data = rollout(envs, agent, model, args, mixture=mixture)
             run.global_step += steps
-            check_steps(
-                observation=data["obs"],
-                next_observation=data["next_obs"],
-                reward=data["true_rewards"],
-                imaginary_reward=data["rewards"],
-            )
+            played = dict(observation=data["obs"], next_observation=data["next_obs"], reward=data["true_rewards"])
+            check_steps(**played, imaginary_reward=data["rewards"])
             run.lap("rollout")
 
             with torch.no_grad():  # log-probabilities and values of the policy that played
@@ -865,20 +860,17 @@ def main(args):
                 normalise_rewards(data["true_rewards"], alive, agent.return_norm, args)  # they alone move it
                 rewards = (rewards / agent.return_norm.std).clamp(-10, 10)
             data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], alive, args)
-            losses = {}
-            if run.global_step > max(steps, args.precollect):
-                losses = update(agent, optimizer, data, ent_coef, args)
-            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
-            agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
-            agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
-            if args.standardise_inputs:
-                for encoder in (agent.encoder, model) if agent.encoder else ():
-                    encoder.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
-                    encoder.reward_norm.update(data["true_rewards"].view(-1, 1), alive.flatten())
-                model.change_norm.update((data["next_obs"] - data["obs"]).flatten(0, 1), alive.flatten())
-            run.lap("ppo")
+            losses, policy = {}, None
+            if run.global_step > max(steps, args.precollect):  # beside the belief's updates
+                windows, epochs = alive.shape[1] * args.ppo_windows, args.update_epochs * (update is ppo_update)
+                data["orders"] = [torch.randperm(windows, device=run.device) for _ in range(epochs)]
+                policy = run.beside(update, agent, optimizer, data, ent_coef, args)
 
             if learns_belief:
+                if args.standardise_inputs:
+                    model.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
+                    model.change_norm.update((data["next_obs"] - data["obs"]).flatten(0, 1), alive.flatten())
+                    model.reward_norm.update(data["true_rewards"].view(-1, 1), alive.flatten())
                 kept = data["normal"]  # nothing imagined
                 if args.buffer_add < 1 and buffer.full:
                     kept = kept[torch.rand(len(kept), device=run.device) < args.buffer_add]
@@ -887,6 +879,14 @@ def main(args):
                     terms = update_belief(model, belief_optimizer, buffer, args)
                     losses |= {f"belief_{name}": term for name, term in terms.items()}
             run.lap("belief")
+            losses = (policy.result() if policy else {}) | losses
+            # The policy's normalisers move here, so that a rollout and its update see the same inputs.
+            agent.obs_norm.update(data["obs"].flatten(0, 1), alive.flatten())
+            agent.first_norm.update(data["first_obs"], torch.ones_like(alive[0]))
+            if args.standardise_inputs and agent.encoder:
+                agent.encoder.obs_norm.update(data["next_obs"].flatten(0, 1), alive.flatten())
+                agent.encoder.reward_norm.update(data["true_rewards"].view(-1, 1), alive.flatten())
+            run.lap("ppo")
 
             more = {}
             if run.logs() and learns_belief and model.grid and run.eval_envs:

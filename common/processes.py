@@ -6,6 +6,7 @@ steps of one with all the data.
 
 import math
 import os
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from common.envs import BadInput
+from common.envs.protocol import cores
 
 
 def join_processes(cuda):
@@ -93,3 +95,21 @@ def descend(optimizer, loss, parts, max_norm, name):
     norms = [nn.utils.clip_grad_norm_(part.parameters(), max_norm or math.inf) for part in parts]
     check_finite(**{f"{name}_loss": loss.detach(), f"{name}_gradient_norm": torch.stack(norms)})
     optimizer.step()
+
+
+class AtOnce(Executor):
+    """Computes what is submitted before it goes on."""
+
+    def submit(self, function, *inputs):
+        done = Future()
+        done.set_result(function(*inputs))
+        return done
+
+
+def second_thread(args):
+    """An executor, for one function beside the main thread: on a second core, where there is one for it, else at once.
+
+    At once in several processes, too, which have to exchange gradients in one order, on a GPU, whose queue is one, and
+    with --compile. The function may draw no random numbers: they would come in any order.
+    """
+    return ThreadPoolExecutor(1) if cores() > 1 and ranks() == 1 and not (args.cuda or args.compile) else AtOnce()

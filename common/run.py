@@ -49,7 +49,7 @@ from common.files import (
     write_whole,
 )
 from common.memory import check_memory, steps_memory
-from common.processes import all_sum, check_finite, join_processes, leads, rank, ranks
+from common.processes import all_sum, check_finite, join_processes, leads, rank, ranks, second_thread
 from common.rollouts import by_episode, film_tasks, first_tasks, play_tasks
 from common.terminal import catch_signals, guard_terminal
 
@@ -65,6 +65,7 @@ class Run:
 
     envs: those of training, this process's share. eval_envs: by split, of the leading process, once `keep` was called.
     iteration, global_step: what is done; steps are transitions, summed over environments and processes.
+    beside(function, *inputs): a Future, computed beside what follows; then a lap is what was waited for.
     Raises BadInput for what does not fit, before anything is written.
     """
 
@@ -76,6 +77,8 @@ class Run:
         self.signals, self.stop, self.shown, self.saved_step, self.lock = [], False, {}, None, None
         torch.set_num_threads(threads)
         join_processes(args.cuda)
+        self.second = second_thread(args)
+        self.beside = self.second.submit
         with self.closed_on_error():
             self.check_args()
             local = int(os.environ.get("LOCAL_RANK", 0))
@@ -403,6 +406,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
+        self.second.shutdown()
         if self.progress:
             self.progress.close()
         if self.metrics:

@@ -40,6 +40,12 @@ def check(script, args):
         check_one(args)
 
 
+def orders(data, args):
+    """In which PPO visits an iteration's steps, a permutation for each epoch, as `main` of the scripts draws them."""
+    alive = data["alive"]
+    return [torch.randperm(alive.numel(), device=alive.device) for _ in range(args.update_epochs)]
+
+
 def setup(script, env_id="GridWorld", **changes):
     """A script's arguments (its preset, made tiny), environments, belief model and agent."""
     args = script.Args(**(script.PRESETS.get(env_id, {}) | TINY | dict(env_id=env_id) | changes))

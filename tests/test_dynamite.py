@@ -14,7 +14,7 @@ import dynamite_rl
 import varibad
 from common.envs import make_envs
 from common.rollouts import outcomes
-from tests.test_belief import check, gradients, signals  # noqa: F401
+from tests.test_belief import check, gradients, orders, signals  # noqa: F401
 from tests.test_scripts import command, main, resume_equals_straight, run, tiny
 
 torch.set_num_threads(1)
@@ -463,6 +463,7 @@ def test_ppo_losses():
         data["logprobs"], _, value = s.agent(data["obs"], data["beliefs"][:-1], data["actions"])
     data["values"] = torch.cat([value + torch.randn_like(value), value[:1]])
     data["advantages"], data["returns"] = torch.randn(2, 12, 5)
+    data["orders"] = orders(data, s.args)
     norms = []
     for joint in (False, True):
         s.args.joint_clip = joint
@@ -578,6 +579,7 @@ def test_meta_device(env_id, monkeypatch):
     targets = dynamite_rl.gae(rewards, data["values"], data["terminated"], data["alive"], s.args)
     data["advantages"], data["returns"] = targets
     data = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    data["orders"] = orders(data, s.args)
     losses = dynamite_rl.ppo_update(agent, optimizers[0], data, 0.01, s.args)
     losses["sums"] = dynamite_rl.session_sums(data)
     buffer = dynamite_rl.Buffer(20, envs)

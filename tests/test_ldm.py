@@ -39,9 +39,11 @@ def setup(env_id="GridWorldLDM", **changes):
 
 
 def imagined(s):
-    """A rollout with mixture workers, and their roles and weights."""
+    """A rollout with mixture workers, with the orders of PPO's epochs, and their roles and weights."""
     mixture = ldm.draw_mixture(s.args, s.args.num_envs, "cpu")
-    return ldm.rollout(s.envs, s.agent, s.model, s.args, mixture=mixture), mixture
+    data = ldm.rollout(s.envs, s.agent, s.model, s.args, mixture=mixture)
+    data["orders"] = [torch.randperm(s.args.num_envs * s.args.ppo_windows) for _ in range(s.args.update_epochs)]
+    return data, mixture
 
 
 # ---------- (1) Mixture weights ----------
@@ -394,12 +396,11 @@ def test_ppo_reads_whole_meta_episodes(monkeypatch):
         for n in range(6):
             assert torch.isclose(columns, normalised[:, n : n + 1], atol=1e-4).all(0).sum() == 1
     assert all(not torch.equal(before[name], p) for name, p in s.agent.named_parameters())
-    torch.manual_seed(0)
-    args = setup("SparsePointRobot", num_envs=6, update_epochs=1).args
     with torch.no_grad():
         for name, p in s.agent.named_parameters():
             p.copy_(before[name])
-    terms = ldm.ppo_update(s.agent, torch.optim.SGD(s.agent.parameters(), 0.0), data, 0.01, args)
+    once = data | dict(orders=data["orders"][:1])
+    terms = ldm.ppo_update(s.agent, torch.optim.SGD(s.agent.parameters(), 0.0), once, 0.01, s.args)
     assert terms["clipfrac"] == 0 and terms["approx_kl"] < 1e-6
 
 
@@ -688,6 +689,7 @@ def test_meta_device(env_id, rl, monkeypatch):
         data["rewards"], data["values"], data["terminated"], data["alive"], s.args
     )
     data = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    data["orders"] = [torch.randperm(10, device=device)]
     (ldm.a2c_update if rl == "a2c" else ldm.ppo_update)(agent, optimizers[0], data, 0.01, s.args)
     agent.encoder.reward_norm.update(data["true_rewards"].view(-1, 1), data["alive"].flatten())
     buffer = ldm.Buffer(20, envs)

@@ -13,7 +13,7 @@ from torch.distributions import Categorical, Normal
 from common.envs import make_envs
 from common.networks import RunningNorm
 from common.rollouts import records
-from tests.test_belief import SCRIPTS, setup
+from tests.test_belief import SCRIPTS, orders, setup
 
 T, H, N = 12, 4, 40
 
@@ -94,6 +94,7 @@ def rollout_for_ppo(script, env_id, idle=0.0, **changes):
     data["values"] = torch.cat([values, values[:1]])
     data["alive"] = torch.rand(data["rewards"].shape) >= idle
     data["advantages"], data["returns"] = 3 + torch.randn_like(values), values + 2 * torch.randn_like(values)
+    data["orders"] = orders(data, s.args)
     return s, data
 
 

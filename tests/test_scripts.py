@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_type_hints
@@ -760,6 +761,42 @@ def test_schedules(script, tmp_path, monkeypatch):
     ]  # fmt: skip
     rates = [pytest.approx(rate) for rate in (0.1, 0.075, 0.05, 0.025)]
     assert [x[1] for x in seen if x[0] == "belief"] == rates
+
+
+@pytest.mark.parametrize("script", HARD, ids=lambda module: module.__name__)
+def test_second_core(script, tmp_path, monkeypatch):
+    """The policy's update beside the belief's: on one core and on two the same bits, as the policy's draws nothing."""
+    threads, ends = [], []
+    name = "a2c_update" if script is ldm else "ppo_update"
+    update = getattr(script, name)
+
+    def spy(*inputs):
+        threads.append(threading.get_ident())
+        return update(*inputs)
+
+    monkeypatch.setattr(script, name, spy)
+    for cores in (1, 2):
+        monkeypatch.setattr(common.processes, "cores", lambda cores=cores: cores)
+        ends.append(run(script, tmp_path / str(cores), *HARD[script]))
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == [True] * 3 + [False] * 3
+    assert metrics(tmp_path / "1") == metrics(tmp_path / "2")
+    assert {*same(*ends)} <= {"/metrics_bytes", "/args/run_dir"}  # the clock has more or fewer digits
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("name", ["ppo_update", "update_belief"])
+def test_a_failure_beside_another_update(name, cores, tmp_path, monkeypatch):
+    """A failure of either update ends the run with its own error, and leaves no thread at work."""
+
+    def fails(*inputs):
+        raise FloatingPointError(name)
+
+    monkeypatch.setattr(varibad, name, fails)
+    monkeypatch.setattr(common.processes, "cores", lambda: cores)
+    with pytest.raises(FloatingPointError, match=f"iteration 2: {name}" if name == "ppo_update" else name):
+        run(varibad, tmp_path, "--belief-updates", "1")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
 
 @pytest.mark.parametrize("words, made", [([], 2), (["--tbptt", "7"], 1)])

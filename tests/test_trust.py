@@ -38,7 +38,7 @@ from common.arguments import check_bounds
 from common.envs import BadInput, make_envs
 from common.processes import descend
 from tests import test_dynamite, test_ldm
-from tests.test_belief import SCRIPTS, random_batch, setup, signals  # noqa: F401
+from tests.test_belief import SCRIPTS, orders, random_batch, setup, signals  # noqa: F401
 from tests.test_scripts import (
     ALL,
     HARD,
@@ -453,6 +453,8 @@ def gradients_of(script, s, data, batch):
 
     s.agent.obs_norm.update(data["obs"].flatten(0, 1), data["alive"].flatten())
     update = script.a2c_update if getattr(s.args, "rl", "ppo") == "a2c" else script.ppo_update
+    T, N = data["alive"].shape
+    data["orders"] = [torch.arange(2 * N if script is ldm else T * N)]
     update(s.agent, Recorder(s.agent), data, 0.01, s.args)
     buffer = types.SimpleNamespace(sample=lambda n: dict(batch))
     script.update_belief(s.model, Recorder(s.model), buffer, *[0.0] * (script is dme), s.args)
@@ -670,6 +672,7 @@ def test_meta_device(script, env_id, monkeypatch):
     rewards = script.normalise_rewards(data["rewards"], data["alive"], agent.return_norm, s.args)
     data["advantages"], data["returns"] = script.gae(rewards, data["values"], data["terminated"], data["alive"], s.args)
     data = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    data["orders"] = orders(data, s.args)
     losses = script.ppo_update(agent, optimizers[0], data, 0.01, s.args)
     agent.obs_norm.update(data["obs"].flatten(0, 1), data["alive"].flatten())
     buffer = script.Buffer(20, envs)
