@@ -785,6 +785,7 @@ def main(args):
             if run.global_step > max(steps, args.precollect):  # beside the belief's updates
                 data["orders"] = [torch.randperm(alive.numel(), device=run.device) for _ in range(args.update_epochs)]
                 policy = run.beside(ppo_update, agent, optimizer, data, ent_coef, args)
+            run.lap("ppo")
 
             if learns_belief:
                 if args.standardise_inputs and not virtual:  # each update moves them less

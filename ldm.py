@@ -675,7 +675,7 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     """Epochs of minibatches of PPO's clipped objective on an iteration's meta-episodes. Returns a dict of mean terms.
 
     data: obs (T, N, S), read_obs, actions (T, N, .), beliefs (T + 1, N, .), rewards, logprobs, values, advantages,
-    returns, alive (T, N), hiddens (windows, N, D), orders of the windows, one of each epoch. A minibatch holds all w
+    returns, alive (T, N), hiddens (windows, N, D), orders of the windows, one for each epoch. A minibatch holds all w
     steps of some windows: encoder-p reads them anew each time.
     """
     T = len(data["obs"])
@@ -865,6 +865,7 @@ def main(args):
                 windows, epochs = alive.shape[1] * args.ppo_windows, args.update_epochs * (update is ppo_update)
                 data["orders"] = [torch.randperm(windows, device=run.device) for _ in range(epochs)]
                 policy = run.beside(update, agent, optimizer, data, ent_coef, args)
+            run.lap("ppo")
 
             if learns_belief:
                 if args.standardise_inputs:

@@ -1,4 +1,5 @@
-"""Several processes (torchrun), each with its share of the environments, the buffer and the batches; finite numbers.
+"""Several processes (torchrun), each with its share of the environments, the buffer and the batches; a second thread;
+finite numbers.
 
 Losses are sums whose weights add up to 1 over all processes: so are gradients, and a run of two processes takes the
 steps of one with all the data.
@@ -112,4 +113,6 @@ def second_thread(args):
     At once in several processes, too, which have to exchange gradients in one order, on a GPU, whose queue is one, and
     with --compile. The function may draw no random numbers: they would come in any order.
     """
-    return ThreadPoolExecutor(1) if cores() > 1 and ranks() == 1 and not (args.cuda or args.compile) else AtOnce()
+    if ranks() > 1 or args.cuda or args.compile or cores() == 1:
+        return AtOnce()
+    return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))

@@ -65,7 +65,7 @@ class Run:
 
     envs: those of training, this process's share. eval_envs: by split, of the leading process, once `keep` was called.
     iteration, global_step: what is done; steps are transitions, summed over environments and processes.
-    beside(function, *inputs): a Future, computed beside what follows; then a lap is what was waited for.
+    beside(function, *inputs): a Future, computed beside what follows, where there is a second core.
     Raises BadInput for what does not fit, before anything is written.
     """
 
@@ -264,9 +264,10 @@ class Run:
         return 1 - (self.iteration - 1) / self.last
 
     def lap(self, name):
-        """What was done since the last lap, or the iteration's start, was this part of an iteration."""
+        """What was done since the last lap, or the iteration's start, was of this part of an iteration: of what is
+        done beside another part, the waiting alone."""
         now = time.perf_counter()
-        self.laps[name], self.lap_started = now - self.lap_started, now
+        self.laps[name], self.lap_started = self.laps.get(name, 0) + now - self.lap_started, now
 
     def due(self, interval, since=0):
         """Whether this is every `interval`-th iteration (0 = none) or the last one (unless negative)."""

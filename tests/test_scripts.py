@@ -3,6 +3,7 @@ on varibad.py; each script once for using it."""
 
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_type_hints
@@ -782,6 +784,30 @@ def test_second_core(script, tmp_path, monkeypatch):
     assert [thread == here for thread in threads] == [True] * 3 + [False] * 3
     assert metrics(tmp_path / "1") == metrics(tmp_path / "2")
     assert {*same(*ends)} <= {"/metrics_bytes", "/args/run_dir"}  # the clock has more or fewer digits
+
+
+def test_second_thread_has_the_threads_of_the_first(monkeypatch):
+    """OpenMP's number of threads, which PyTorch sets in each thread by itself, and not at once."""
+    library = next(iter(Path(torch.__file__).parent.glob("lib/libgomp*")), None)
+    if library is None:
+        pytest.skip("this PyTorch has another OpenMP")
+    monkeypatch.setattr(common.processes, "cores", lambda: 2)
+    threads, found = torch.get_num_threads(), []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        with common.processes.second_thread(varibad.Args()) as second:
+            found.append(second.submit(ctypes.CDLL(str(library)).omp_get_max_threads).result())
+    torch.set_num_threads(threads)
+    assert found == [1, 2]
+
+
+def test_laps_add_up(monkeypatch):
+    """Of three laps, two have one name."""
+    run, clock = types.SimpleNamespace(laps={}, lap_started=1), iter((3, 6, 10))
+    monkeypatch.setattr(common.run.time, "perf_counter", lambda: next(clock))
+    for name in ("ppo", "belief", "ppo"):
+        common.run.Run.lap(run, name)
+    assert run.laps == dict(ppo=2 + 4, belief=3)
 
 
 @pytest.mark.parametrize("cores", [1, 2])
