@@ -17,6 +17,8 @@ from torch import nn
 from common.envs import BadInput
 from common.envs.protocol import cores
 
+LARGE = 4000  # steps of an iteration, from which on a second thread was measured to pay
+
 
 def join_processes(cuda):
     """Meets torchrun's other processes, where there are some. Raises BadInput for what is left of others."""
@@ -107,12 +109,13 @@ class AtOnce(Executor):
         return done
 
 
-def second_thread(args):
+def second_thread(args, steps):
     """An executor, for one function beside the main thread: on a second core, where there is one for it, else at once.
 
-    At once in several processes, too, which have to exchange gradients in one order, on a GPU, whose queue is one, and
-    with --compile. The function may draw no random numbers: they would come in any order.
+    At once in several processes, too, which have to exchange gradients in one order, on a GPU, whose queue is one, with
+    --compile, and where an iteration has few steps: small tensors leave both threads waiting for Python's lock.
+    The function may draw no random numbers: they would come in any order.
     """
-    if ranks() > 1 or args.cuda or args.compile or cores() == 1:
+    if steps < LARGE or ranks() > 1 or args.cuda or args.compile or cores() == 1:
         return AtOnce()
     return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))

@@ -77,8 +77,7 @@ class Run:
         self.signals, self.stop, self.shown, self.saved_step, self.lock = [], False, {}, None, None
         torch.set_num_threads(threads)
         join_processes(args.cuda)
-        self.second = second_thread(args)
-        self.beside = self.second.submit
+        self.second = None
         with self.closed_on_error():
             self.check_args()
             local = int(os.environ.get("LOCAL_RANK", 0))
@@ -99,6 +98,8 @@ class Run:
             args.sessions = getattr(self.envs, "sessions", 0)
             args.session_process = getattr(self.envs, "session_process", "")
             check_fit(args)
+            self.second = second_thread(args, args.num_envs * self.envs.meta_horizon)
+        self.beside = self.second.submit
         torch.manual_seed(args.seed)
 
     def check_args(self):
@@ -407,7 +408,8 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        self.second.shutdown()
+        if self.second:
+            self.second.shutdown()
         if self.progress:
             self.progress.close()
         if self.metrics:

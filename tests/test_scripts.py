@@ -779,6 +779,7 @@ def test_second_core(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, name, spy)
     for cores in (1, 2):
         monkeypatch.setattr(common.processes, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(common.processes, "LARGE", 40)
         ends.append(run(script, tmp_path / str(cores), *HARD[script]))
     here = threading.get_ident()
     assert [thread == here for thread in threads] == [True] * 3 + [False] * 3
@@ -795,7 +796,7 @@ def test_second_thread_has_the_threads_of_the_first(monkeypatch):
     threads, found = torch.get_num_threads(), []
     for n in (1, 2):
         torch.set_num_threads(n)
-        with common.processes.second_thread(varibad.Args()) as second:
+        with common.processes.second_thread(varibad.Args(), common.processes.LARGE) as second:
             found.append(second.submit(ctypes.CDLL(str(library)).omp_get_max_threads).result())
     torch.set_num_threads(threads)
     assert found == [1, 2]
@@ -820,6 +821,7 @@ def test_a_failure_beside_another_update(name, cores, tmp_path, monkeypatch):
 
     monkeypatch.setattr(varibad, name, fails)
     monkeypatch.setattr(common.processes, "cores", lambda: cores)
+    monkeypatch.setattr(common.processes, "LARGE", 40)
     with pytest.raises(FloatingPointError, match=f"iteration 2: {name}" if name == "ppo_update" else name):
         run(varibad, tmp_path, "--belief-updates", "1")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
