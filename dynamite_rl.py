@@ -1043,7 +1043,7 @@ PRESETS = {
         # steps between them and 59 / 4 transitions, these weights.
         kl_coef=0.03 * 16 / 240, consistency_coef=0.5 * 14 / 240, termination_coef=59 / 4 / 240,
     ),
-    "Reacher": SESSIONS | dict(actor_gain=0.01),  # (ours)
+    "Reacher": SESSIONS | dict(actor_gain=0.01, reset_hidden_at_session=False),  # (ours)
     "HalfCheetahDirSessions": SESSIONS,
     "HalfCheetahVelSessions": SESSIONS,
     "HalfCheetahWindVelSessions": SESSIONS | dict(state_coef=1.0),
