@@ -675,8 +675,8 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     """Epochs of minibatches of PPO's clipped objective on an iteration's meta-episodes. Returns a dict of mean terms.
 
     data: obs (T, N, S), read_obs, actions (T, N, .), beliefs (T + 1, N, .), rewards, logprobs, values, advantages,
-    returns, alive (T, N), hiddens (windows, N, D), orders of the windows, one for each epoch. A minibatch holds all w
-    steps of some windows: encoder-p reads them anew each time.
+    returns, alive (T, N), hiddens (windows, N, D); orders: permutations of the windows, one for each epoch. A
+    minibatch holds all w steps of some windows: encoder-p reads them anew each time.
     """
     T = len(data["obs"])
     w = T // args.ppo_windows
@@ -857,11 +857,11 @@ def main(args):
             data["values"] = torch.cat([values, last[None]])
             rewards, alive = data["rewards"], data["alive"]
             if args.norm_reward:
-                normalise_rewards(data["true_rewards"], alive, agent.return_norm, args)  # they alone move it
+                normalise_rewards(data["true_rewards"], alive, agent.return_norm, args)  # true ones alone
                 rewards = (rewards / agent.return_norm.std).clamp(-10, 10)
             data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], alive, args)
             losses, policy = {}, None
-            if run.global_step > max(steps, args.precollect):  # beside the belief's updates
+            if run.global_step > max(steps, args.precollect):  # may run beside the belief's updates: draws nothing
                 windows, epochs = alive.shape[1] * args.ppo_windows, args.update_epochs * (update is ppo_update)
                 data["orders"] = [torch.randperm(windows, device=run.device) for _ in range(epochs)]
                 policy = run.beside(update, agent, optimizer, data, ent_coef, args)

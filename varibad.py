@@ -476,7 +476,7 @@ def ppo_update(agent, optimizer, data, ent_coef, args):
     """Epochs of minibatches of PPO's clipped objective on an iteration's steps. Returns a dict of mean terms.
 
     data: obs (T, N, S), beliefs (T + 1, N, .), actions (T, N, .), logprobs, values, advantages, returns, alive (T, N),
-    orders of all steps, one for each epoch.
+    orders: permutations of all steps, one for each epoch.
     """
     b = {name: data[name].flatten(0, 1) for name in ("obs", "actions", "logprobs", "advantages", "returns", "alive")}
     b["beliefs"], b["values"] = data["beliefs"][:-1].flatten(0, 1), data["values"][:-1].flatten()
@@ -625,7 +625,7 @@ def main(args):
                 rewards = normalise_rewards(rewards, alive, agent.return_norm, args)
             data["advantages"], data["returns"] = gae(rewards, data["values"], data["terminated"], alive, args)
             losses, policy = {}, None
-            if run.global_step > max(steps, args.precollect):  # beside the belief's updates
+            if run.global_step > max(steps, args.precollect):  # may run beside the belief's updates: draws nothing
                 data["orders"] = [torch.randperm(alive.numel(), device=run.device) for _ in range(args.update_epochs)]
                 policy = run.beside(ppo_update, agent, optimizer, data, ent_coef, args)
             run.lap("ppo")

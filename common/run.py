@@ -265,8 +265,8 @@ class Run:
         return 1 - (self.iteration - 1) / self.last
 
     def lap(self, name):
-        """What was done since the last lap, or the iteration's start, was of this part of an iteration: of what is
-        done beside another part, the waiting alone."""
+        """Adds the time since the last lap, or the iteration's start, to this part of an iteration; of what runs beside
+        another part, it is the time that it was waited for."""
         now = time.perf_counter()
         self.laps[name], self.lap_started = self.laps.get(name, 0) + now - self.lap_started, now
 
