@@ -113,7 +113,7 @@ def second_thread(args, steps):
     """An executor, for one function beside the main thread: on a second core, where there is one for it, else at once.
 
     At once in several processes, too, which have to exchange gradients in one order, on a GPU, whose queue is one, with
-    --compile, and where an iteration has few steps: small tensors leave both threads waiting for Python's lock.
+    --compile, and where an iteration has few steps: small tensors leave both threads waiting for the GIL.
     The function may draw no random numbers: they would come in any order.
     """
     if steps < LARGE or ranks() > 1 or args.cuda or args.compile or cores() == 1:

@@ -777,9 +777,9 @@ def test_second_core(script, tmp_path, monkeypatch):
         return update(*inputs)
 
     monkeypatch.setattr(script, name, spy)
+    monkeypatch.setattr(common.processes, "LARGE", 40)
     for cores in (1, 2):
         monkeypatch.setattr(common.processes, "cores", lambda cores=cores: cores)
-        monkeypatch.setattr(common.processes, "LARGE", 40)
         ends.append(run(script, tmp_path / str(cores), *HARD[script]))
     here = threading.get_ident()
     assert [thread == here for thread in threads] == [True] * 3 + [False] * 3
