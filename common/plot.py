@@ -44,7 +44,7 @@ PANELS = {
     "HalfCheetahVel": ("return", {"at rest": -350}),  # -200 v, in the mean of the test velocities of --split-rule ldm
     "GridWorldAlternating": ("return", {"Bayes-optimal": 42.25, "blind to\nchanges": 41.36}),  # tests/test_sessions.py
     "Reacher": ("return", {"at rest": -68}),  # zero action: tests/test_sessions.py
-    "MEWAUniform": ("score", {"best possible": 1, "same for\nall tasks": 0.56}),  # exact: common/envs/mewa.py
+    "MEWAUniform": ("score", {"best possible": 1, "mean task's\npolicy": 0.56}),  # exact: common/envs/mewa.py
     "HopperMass": ("return", {"random": 17}),
     "ML1-reach": ("success_rate", {}),
     "ML10": ("success_rate", {}),
