@@ -891,7 +891,6 @@ GRID = dict(
     time_limit="terminal", standardise_inputs=False, ent_coef=0.04, reward_coef=5000.0, virtual_low=-0.1,
     virtual_high=1.0,
 )  # fmt: skip
-# 7x7; networks as large as LDM's.
 LARGE_GRID = GRID | dict(total_timesteps=100_000_000, state_embed=32, hidden_dim=128, latent_dim=32)
 POINT = dict(
     total_timesteps=50_000_000, eval_interval=25, checkpoint_interval=25, gamma=0.99, gae_lambda=0.9,
@@ -901,7 +900,7 @@ POINT = dict(
 )  # fmt: skip
 PRESETS = {
     "GridWorld": GRID,
-    **dict.fromkeys(("GridWorldLDM", "GridWorldExtrapolation"), LARGE_GRID),
+    **dict.fromkeys(("GridWorldLDM", "GridWorldExtrapolation"), LARGE_GRID),  # 7x7; networks as large as LDM's
     "SparsePointRobot": POINT,
     "HalfCheetahVel": LOCOMOTION,
     "HalfCheetahDir": LOCOMOTION | dict(update_epochs=16, num_minibatches=2),

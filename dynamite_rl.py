@@ -48,8 +48,8 @@ Equation (of the paper)                                          function
     Algorithm 3                                                  rollout, BeliefModel.next_session
 
 Where this leaves the paper
-    Session ends learn from the simulator's true ones, in training alone: the paper does not say how they could.
-    Rollouts follow predictions, q(d = 1) > 1/2, or draws (--draw-ends); without ends a rollout never conditions.
+    Session ends learn from the simulator's true ones, in training alone; rollouts follow predictions, q(d = 1) > 1/2
+    (drawn, as in Algorithm 3: --draw-ends), and never condition where none is predicted.
     (6) as printed would maximise the consistency penalty: it is subtracted. Of (7), lambda weighs the KL alone.
     Each sum of the loss is a mean, so that no weight depends on the length of sessions: as sums, (4) and the KL would
     count less the longer they are. (4) leaves out a session's belief before its first step.
@@ -57,8 +57,7 @@ Where this leaves the paper
     The reward's decoder sees s' as well: (m, s, a, s'), and on the alternating grid (m, s'). The state's gives s' - s.
     p(m' | m) is a small network; a session's first belief is its prediction (--boundary-belief initial: Algorithm 3).
     The GRU's hidden state is reset (appendix A; kept, conditioning adds nothing on the grid), on Reacher it is kept.
-    PPO clips the gradients of actor and critic separately, and no values: --joint-clip, --value-loss clipped.
-    The grid's preset and those without --cuda are ours: with Table 2's values, returns on the grid stay below 40.
+    PPO clips actor and critic apart, and no values. Ours: presets of the grid (Table 2's: below 40), without --cuda.
 """
 
 import common  # noqa: F401  # before PyTorch: a Ctrl-C during its import leaves no traceback

@@ -160,7 +160,6 @@ class LaSER:
     nu: Count = 250  # iterations between two copies of the task-reconstruction head to its target
     contrastive_warmup: Count0 = 1_000  # iterations without the contrastive loss (the authors' code, not the paper)
     use_gamma_in_context: bool = True  # c from Gamma and Z (9), or from Z alone, as in the authors' code
-    context_mean: bool = False  # c averaged over its valid slots before the extractor: D numbers, not L D (ours)
     # The task policy sees Gamma_t, too: as Table 4 counts it, and in the authors' ML10 and Hopper; not in their MEWA.
     policy_gamma: bool = False
     beta: AtLeast0 = 0.05  # (2) weight of the meta-reward (the authors' code; paper: 1.5)
@@ -187,7 +186,7 @@ ENCODER = (
     "d_model num_layers num_heads feed_forward obs_embed explore_layers use_gamma_in_context mask_pads"
 ).split()
 # Arguments that neither --resume nor --evaluate can change, beside those that are common to all scripts.
-UNCHANGED = "explore_iterations oracle_context oracle_split belief explored exploit_episodes context_mean policy_gamma "
+UNCHANGED = "explore_iterations oracle_context oracle_split belief explored exploit_episodes policy_gamma "
 UNCHANGED += " ".join(ENCODER)
 
 
@@ -358,7 +357,6 @@ class Encoder(nn.Module):
         size, self.episodes = args.d_model, args.episodes_per_task
         self.mask_pads, self.use_gamma, self.bfloat16 = args.mask_pads, args.use_gamma_in_context, args.cuda
         self.length, self.every_slot = self.episodes * (args.horizon + 1), args.compile  # compiled: one shape for all
-        self.context_mean = args.context_mean
         self.f_u, self.f_b = (Transformer(args, token_dim, self.length) for _ in range(2))
         pooled = args.belief_batch * args.meta_episodes * self.episodes
         self.gamma_head, self.Z_head = (mlp([size, 64, size], nn.Tanh) for _ in range(2))
@@ -424,9 +422,8 @@ class Encoder(nn.Module):
         return slots.spread(c)
 
     def task_context(self, tokens, valid, gammas):
-        """c of phase 2, with z^: gammas (N, L, D) -> (N, C): C = L D, or D of its mean over slots that are valid."""
-        c = self.context(self.latents(tokens, valid)[0], gammas, self.z_hat, valid)
-        return (c * valid[..., None]).sum(1) / valid.sum(1, keepdim=True) if self.context_mean else c.flatten(1)
+        """c of phase 2, with z^: gammas (N, L, D) -> (N, L D)."""
+        return self.context(self.latents(tokens, valid)[0], gammas, self.z_hat, valid).flatten(1)
 
 
 class TaskReconstruction(nn.Module):
@@ -977,7 +974,7 @@ def make_networks(args, envs):
     """Encoder, exploration policy and task policy."""
     obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
     length, token_dim = tokens_shape(envs)
-    context_dim = args.d_model * (1 if args.context_mean else length)
+    context_dim = args.d_model * length
     if not has_encoder(args):
         context_dim = told_contexts(envs, args, [envs.tasks[0]] * envs.num_envs).shape[1]  # naming tasks draws none
     encoder, explorer = Encoder(args, token_dim), explore_agent(args, obs_dim, space)

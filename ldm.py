@@ -30,7 +30,7 @@ Where this leaves the paper, and the authors' code
     The buffer holds the last meta-episodes (theirs takes no more once it has seen as many as it holds).
     MuJoCo: an iteration has 400 steps (theirs 200), so twice the minibatches and belief updates; credit flows between
     episodes; inputs of the belief model are standardised; the policy's observations are normalised once an iteration,
-    not clipped.
+    not clipped. Their RL2's memory is emptied after 200 of 400 training steps, ours is not.
     --decode cells or shared and --elbo-terms save decoding: the same loss in expectation, with dropout shared.
     --mix-dimensions: weights for each dimension of m, as in their code; the default is (1).
 """

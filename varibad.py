@@ -713,7 +713,6 @@ SESSIONS = dict(  # PPO's values and Z from Table 2 of DynaMITE-RL, for its vari
 )  # fmt: skip
 # The authors keep the entropy's weight at 0.01; falling from 0.04, no seed stops searching too early.
 GRID = dict(time_limit="terminal", standardise_inputs=False, ent_coef=0.04)
-# 7x7; networks as large as LDM's.
 LARGE_GRID = GRID | dict(total_timesteps=100_000_000, state_embed=32, hidden_dim=128, latent_dim=32, kl_coef=1 / 120)
 POINT = dict(
     total_timesteps=50_000_000, eval_interval=25, checkpoint_interval=25, gamma=0.99, gae_lambda=0.9,
@@ -723,7 +722,7 @@ POINT = dict(
 )  # fmt: skip
 PRESETS = {
     "GridWorld": GRID,
-    **dict.fromkeys(("GridWorldLDM", "GridWorldExtrapolation"), LARGE_GRID),
+    **dict.fromkeys(("GridWorldLDM", "GridWorldExtrapolation"), LARGE_GRID),  # 7x7; networks as large as LDM's
     "SparsePointRobot": POINT,
     # LaSER's variBAD (its F.3 and Table 8); weight of the KL and end of a task are ours. The reward follows from
     # s, a, s' in all tasks: a reward decoder alone, as there, teaches the belief nothing; --state-coef 1 (ours) does.
@@ -789,6 +788,7 @@ SMALL = {
     **dict.fromkeys(("HalfCheetahDirSessions", "HalfCheetahVelSessions", "HalfCheetahWindVelSessions"), SMALL_SESSIONS),
     "HopperMass": dict(buffer_size=2000),  # 0.36 GB
     "Reacher": SMALL_SESSIONS | dict(gamma=0.9),
+    "ScratchItch": dict(total_timesteps=5_000_000, buffer_size=2000),  # as dynamite_rl.py's
     "GridWorldAlternating": dict(elbo_terms=20),
     "ML1": SMALL_ML1,
     "ML10": SMALL_ML,

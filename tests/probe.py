@@ -8,6 +8,7 @@ variances. The errors say what the belief is worth: R^2 may fall with them, wher
 Of laser.py: after so many episodes of exploration, R^2 from the context c and from its mean over slots, and on MEWA
 that of Bayes' rule from the mistakes that these episodes saw, which no probe can beat; for all numbers of a task and,
 where these are at most four, for each. Fitted on tasks that the training split draws, and judged on others of it.
+--untrained: from the contexts that an encoder with its first weights makes of the same episodes, the floor.
 """
 
 import argparse
@@ -97,8 +98,8 @@ def bayes(prior, met, mistaken):
 
 
 @torch.no_grad()
-def probe_contexts(path):
-    """laser.py's table."""
+def probe_contexts(path, untrained):
+    """laser.py's table. untrained: another encoder, with its first weights, reads what the trained networks explore."""
     script = importlib.import_module("laser")
     inherited = dict(explored=script.ENCODER)
     args = parse_args(script.Args, script.PRESETS, script.SMALL, ["--evaluate", path], inherited)
@@ -106,6 +107,8 @@ def probe_contexts(path):
     with Run(args) as run:
         encoder, explorer, _ = script.make_networks(args, run.envs)
         load_modules(path, run.state, dict(encoder=encoder, explorer=explorer))
+        with torch.random.fork_rng():  # either reads the same episodes
+            reader = script.make_networks(args, run.envs)[0] if untrained else encoder
         envs = run.make_envs(run.envs.split, args.num_envs * args.meta_episodes)  # as many as phase 1 has
         rounds, K = [], args.episodes_per_task
         while sum(len(one["task"]) for one in rounds) < DRAWN:
@@ -115,8 +118,8 @@ def probe_contexts(path):
                 valid = data["valid"].clone()
                 valid[:, k * (args.horizon + 1) :] = False
                 tokens = data["tokens"] * valid.unsqueeze(-1)
-                c = encoder.context(
-                    *encoder.latents(tokens, valid)[:1], encoder.gammas(tokens, valid), encoder.z_hat, valid
+                c = reader.context(
+                    *reader.latents(tokens, valid)[:1], reader.gammas(tokens, valid), reader.z_hat, valid
                 )
                 one[f"c{k}"], one[f"mean{k}"] = c.flatten(1), c.sum(1) / valid.sum(1, keepdim=True)
                 if hasattr(envs, "chance"):
@@ -137,11 +140,12 @@ def probe_contexts(path):
             print(f"{k:>8}  {'Bayes':<10} {r_squared(found[f'bayes{k}'][held], task[held])}")
 
 
-def main(path):
+def main(path, untrained=False):
     torch.manual_seed(0)
     name = load_checkpoint(path, "varibad", "dme", "laser")["script"]
+    refuse((untrained and name != "laser", f"--untrained reads contexts of laser.py, and {path} is of {name}.py"))
     if name == "laser":
-        return probe_contexts(path)
+        return probe_contexts(path, untrained)
     script = importlib.import_module(name)
     data, model, args = collect(script, path)
     train, test = data.get("train", data["test"]), data["test"]
@@ -161,9 +165,10 @@ def main(path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.probe", description=__doc__)
     parser.add_argument("checkpoint")
-    checkpoint = parser.parse_args().checkpoint
+    parser.add_argument("--untrained", action="store_true", help="laser.py: an encoder with its first weights reads")
+    arguments = parser.parse_args()
     try:
-        main(checkpoint)
+        main(arguments.checkpoint, arguments.untrained)
     except BadInput as error:
         print(f"probe: {error}", file=sys.stderr)
         sys.exit(2)

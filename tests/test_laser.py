@@ -870,6 +870,9 @@ def test_probe(trained, capsys, monkeypatch):
     assert int(held[3]) <= int(held[0]) < 42 / 4  # distinct tasks among the meta-episodes that are judged
     assert [row[:2] for row in rows] == [[f"{k}", name] for k in (1, 2, 3) for name in ("c", "mean", "Bayes")]
     assert all(len(row) == 7 and all(float(x) <= 1 for x in row[2:]) for row in rows)
+    probe.main(str(trained[0] / "checkpoint.pt"), untrained=True)  # another encoder, the same episodes
+    others = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row == other for row, other in zip(rows, others, strict=True)] == [False, False, True] * 3
 
 
 def test_parts_of_the_probe():
@@ -1127,19 +1130,6 @@ def test_draws_are_never_shared(env_id, tmp_path, monkeypatch):
         assert len(rows) == count and of.setdefault(who, rows) == rows
     of["training"] = set().union(*(rows for _, rows, _ in training))
     assert len(of) == 5 and len(set().union(*of.values())) == sum(map(len, of.values()))
-
-
-def test_mean_of_a_context(mewa):
-    """--context-mean: over the slots that are valid, of one, two and three episodes."""
-    encoder, batch = copy.deepcopy(mewa.encoder), {name: x[0] for name, x in mewa.batch.items()}
-    encoder.context_mean = True
-    for k in (1, 2, 3):
-        valid = batch["valid"] & (torch.arange(63) < 21 * k)
-        tokens = batch["tokens"] * valid[..., None]
-        gammas = encoder.gammas(tokens, valid)
-        whole = mewa.encoder.task_context(tokens, valid, gammas).view(4, 63, 8)
-        expected = torch.stack([c[real].mean(0) for c, real in zip(whole, valid)])
-        torch.testing.assert_close(encoder.task_context(tokens, valid, gammas), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_partial_contexts_without_masks():

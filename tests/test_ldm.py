@@ -297,6 +297,14 @@ def loop_beliefs(s, data, starts=()):
     return torch.stack(beliefs)
 
 
+def test_presets_show_the_policy_what_the_authors_do():
+    """Beside encoder-p's latent: in their configuration of AntDir the state, in the other two nothing."""
+    shown = {
+        env_id: ldm.PRESETS[env_id].get("policy_state", False) for env_id in ("HalfCheetahVel", "AntGoal", "AntDir")
+    }
+    assert shown == dict(HalfCheetahVel=False, AntGoal=False, AntDir=True)
+
+
 @pytest.mark.parametrize("policy_state", [False, True])
 def test_a2c_gradient_equals_a_loop(policy_state, monkeypatch):
     """Loss and gradient of every parameter, encoder-p's included, against re-encoding step by step."""

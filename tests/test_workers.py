@@ -279,6 +279,17 @@ def test_draws_are_those_of_the_protocol_and_resume(envs):
     test.close()
 
 
+def test_phases_share_no_draws(envs):
+    """`phase`, set before a reset: the same tasks, drawn and named, and in each of their episodes other numbers."""
+    tasks, noise = [], []
+    for envs.phase in range(3):
+        envs.load_state_dict({"resets": 0})
+        obs = [envs.reset()[0], envs.reset(tasks=envs.tasks[:5])[0]]
+        tasks.append([x[:, 0].tolist() for x in obs])
+        noise += [number for x in obs for number in x[:, 3].tolist()]
+    assert tasks[0] == tasks[1] == tasks[2] and len(set(noise)) == 3 * 10
+
+
 def test_named_tasks_are_checked(envs):
     with pytest.raises(ValueError, match="'walk/7'"):
         envs.reset(tasks=["walk/7"] * 5)

@@ -232,7 +232,7 @@ class MEWAUniform(MEWA):
 
     MEWA's training tasks are so alike that to know which one it is pays little: in raw return -2.386 for the best
     policy of the mean task, -2.246 for the posterior after four random episodes, -2.156 for the best of each task. Here
-    it is -4.34, -2.72, -2.36: the place to see whether something is learned of a task.
+    it is -4.51, -2.73, -2.41: the place to see whether something is learned of a task.
 
     Train: 3,000 fixed draws. Test: the 12 tasks of MEWA under their names, and 24 draws, each under four names,
     "MEWAUniform/<i>#<n>". The scores of the two are reported apart.
