@@ -57,7 +57,7 @@ Where this leaves the paper
     The reward's decoder sees s' as well: (m, s, a, s'), and on the alternating grid (m, s'). The state's gives s' - s.
     p(m' | m) is a small network; a session's first belief is its prediction (--boundary-belief initial: Algorithm 3).
     The GRU's hidden state is reset (appendix A; kept, conditioning adds nothing on the grid), on Reacher it is kept.
-    PPO clips actor and critic apart, and no values. Ours: presets of the grid (Table 2's: below 40), without --cuda.
+    PPO clips the gradients of actor and critic apart, no values. Ours: presets of the grid and those without --cuda.
 """
 
 import common  # noqa: F401  # before PyTorch: a Ctrl-C during its import leaves no traceback

@@ -396,6 +396,8 @@ def test_probe(trained, capsys):
         with pytest.raises(BadInput, match=f"is a checkpoint of {script.__name__}, not of varibad or dme or laser"):
             probe.main(str(folder / "checkpoint.pt"))
         return
+    with pytest.raises(BadInput, match=f"--untrained reads contexts of laser.py, and .* is of {script.__name__}.py"):
+        probe.main(str(folder / "checkpoint.pt"), untrained=True)
     probe.main(str(folder / "checkpoint.pt"))
     rows = [[float(word) for word in line.split()] for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[0] for row in rows] == [0, 1, 2, 3, 5, 6, 9]
