@@ -142,10 +142,10 @@ class LaSER:
     # Of the task policy in each of an iteration's tasks: 5 in the authors' code; 2 in MEWA's small preset (ours).
     exploit_episodes: Count = 5
     eval_episodes: Count = 20  # of it in each evaluation task, with the same context; their mean counts
-    eval_explore: Literal["sampled", "greedy"] = "sampled"  # actions of the exploration policy in evaluations
-    # Those of the task policy: the most likely in the authors' tester of MEWA; sampled in their evaluation during
-    # training, all that ML10 and Hopper have. Both sample the exploration policy's.
-    eval_exploit: Literal["sampled", "greedy"] = "greedy"
+    # Actions of the exploration policy in evaluations; the authors sample them. --eval-sample is about the task
+    # policy's: the most likely in their tester of MEWA, sampled in their evaluation during training, all that their
+    # ML10 and Hopper have.
+    eval_explore: Literal["sampled", "greedy"] = "sampled"
     sigma: Above0 = 0.025  # (4)
     # (4) code: exp(-w^2 / (2 sigma^2)), w the mean similarity to the episodes before, and nothing for the first; paper:
     # exp(-d^2 / sigma), where d counts the episode itself, so that it never reaches 1.
@@ -177,7 +177,6 @@ class Args(LaSER, Belief, PPO, Experiment):
     num_envs: Count = 12  # tasks of an iteration (P); ours, it fits the steps that the paper counts on MEWA
     eval_interval: int = 100  # iterations of phase 2
     checkpoint_interval: Count0 = 100
-    eval_sample: bool = True  # of continuous policies, too, there is one evaluation: as its own two arguments say
 
 
 # Arguments that an encoder is made for: with --explored, those of the other run. z's head reads B, Q and K alone.
@@ -200,7 +199,6 @@ def check_args(args):
             "--explored needs an encoder: --no-belief, --oracle-context have none",
         ),
         (args.oracle and args.oracle_context, "--oracle-context: choose its tasks with --oracle-split, not --oracle"),
-        (not args.eval_sample, "--no-eval-sample: laser.py has --eval-explore and --eval-exploit"),
     )
 
 
@@ -902,9 +900,10 @@ def other_tasks(tasks):
     return torch.where(differ.any(1), (torch.rand(differ.shape) * differ).argmax(1), torch.arange(len(names)))
 
 
-def meta_test(envs, exploit_envs, encoder, explorer, agent, args, tasks):
+def meta_test(envs, exploit_envs, encoder, explorer, agent, args, tasks, deterministic):
     """Algorithm 2 in the named tasks, one for each of N `envs`, with --eval-episodes of `exploit_envs` for each.
 
+    deterministic: the task policy takes its most likely actions; the exploration policy goes by --eval-explore.
     Returns the rollout with the whole context, these environments, and episode_return, episode_success (K + 2, N),
     means over a task's episodes: with the whole context of another task; without context, zeros; and after 1, .., K
     episodes of exploration. --oracle-context and --no-belief have three rows. What is learned of a task is how far the
@@ -914,7 +913,7 @@ def meta_test(envs, exploit_envs, encoder, explorer, agent, args, tasks):
     with torch.no_grad():
         contexts = [*contexts_by_episode(envs, encoder, explorer, args, tasks)]
         for context in [contexts[-1][other_tasks(tasks).to(envs.device)], None, *contexts]:
-            data = exploit(exploit_envs, agent, context, encoder, many, args.eval_exploit == "greedy")
+            data = exploit(exploit_envs, agent, context, encoder, many, deterministic)
             means.append([x.float().view(len(tasks), -1).mean(1) for x in outcomes(data, exploit_envs).values()])
     returns, success = (torch.stack(rows) for rows in zip(*means))
     return data | dict(envs=exploit_envs, episode_return=returns, episode_success=success)
@@ -1012,7 +1011,7 @@ def main(args):
         run.compile(encoder.f_b, "forward")
 
         def play(envs, tasks, deterministic):
-            return meta_test(envs, eval_exploit_envs[envs.split], encoder, explorer, agent, args, tasks)
+            return meta_test(envs, eval_exploit_envs[envs.split], encoder, explorer, agent, args, tasks, deterministic)
 
         # Lines 2 to 7: the encoder and the exploration policy
         for iteration in run.iterations(phase_1, unit=" iterations", about="phase 1") if learners else ():
@@ -1102,7 +1101,7 @@ META_WORLD = dict(
     task_iterations=9_000, belief_updates=2, belief_batch=10, buffer_size=1_000, nu=25, contrastive_warmup=10,
     sigma=0.01, beta=0.0, zeta=0.0, pfo_coef=0.0, update_epochs=2, num_minibatches=8, policy_layers=(256, 256, 128),
     context_layers=(256, 256, 128, 10), std_min=0.5, std_max=1.5, eval_episodes=1, eval_interval=500,
-    norm_inputs=True, norm_reward=True, oracle_split="train", eval_exploit="sampled", policy_gamma=True,
+    norm_inputs=True, norm_reward=True, oracle_split="train", policy_gamma=True,
 )  # fmt: skip
 SMALL_SIZES = dict(  # what fits a machine without a GPU and learns there in minutes, unless --cuda; ours
     meta_episodes=4, d_model=32, num_layers=2, num_heads=4, feed_forward=128, belief_batch=4, belief_updates=8,
@@ -1120,7 +1119,7 @@ PRESETS = {
         explore_learning_rate=8e-5, survival_coef=0.01, learning_rate=6e-5, beta=0.0, zeta=0.0, pfo_coef=0.0,
         num_minibatches=8, policy_layers=(256, 256, 128), context_layers=(256, 256, 128, 10), eval_tasks=30,
         eval_episodes=2, recompute=True, norm_inputs=True, norm_reward=True, oracle_split="train",
-        eval_exploit="sampled", policy_gamma=True,
+        policy_gamma=True,
     ),
     # Whatever else, and your own: sizes for a small machine, with --cuda, too (ours).
     "module:factory": SMALL_SIZES | dict(norm_inputs=True, norm_reward=True, oracle_split="train"),

@@ -819,23 +819,23 @@ def test_other_tasks():
     assert laser.other_tasks(["a/0#0", "a/0#1"]).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("explores, exploits", [("sampled", "greedy"), ("greedy", "sampled")])
+@pytest.mark.parametrize("explores, exploits", [("sampled", True), ("greedy", False)])
 def test_meta_test(explores, exploits, mewa, monkeypatch):
     """What the task policy is given, and whose context: another task's, none, its own after 1, 2, 3 episodes; in all of
-    them the same episodes. Either policy's actions are sampled as its own argument says."""
+    them the same episodes. Either policy's actions are sampled as it was told to."""
     calls, explore, exploit = [], laser.explore, laser.exploit
     monkeypatch.setattr(laser, "explore", lambda *a: calls.append(a) or explore(*a))
     monkeypatch.setattr(laser, "exploit", lambda *a: calls.append(a) or exploit(*a))
-    args = dataclasses.replace(mewa.args, eval_explore=explores, eval_exploit=exploits)
+    args = dataclasses.replace(mewa.args, eval_explore=explores)
     names, envs = [f"MEWA/{i}" for i in range(12)], make_envs("MEWA", 24, horizon=20, episodes_per_task=1)
     torch.manual_seed(0)
-    data = laser.meta_test(mewa.envs, envs, mewa.encoder, mewa.explorer, mewa.agent, args, names)
+    data = laser.meta_test(mewa.envs, envs, mewa.encoder, mewa.explorer, mewa.agent, args, names, exploits)
     assert data["episode_return"].shape == data["episode_success"].shape == (5, 12)
     (*_, tasks, greedy), *rest = calls
     assert tasks == names and greedy == (explores == "greedy")
     for played, _, _, _, many, greedy in rest:
         assert played is envs and many == [name for name in names for _ in range(2)]
-        assert greedy == (exploits == "greedy")
+        assert greedy == exploits
     permuted, none, *own = [call[2] for call in rest]
     assert none is None and len(own) == 3 and data["contexts"] is own[-1]
     given = (permuted[:, None] == own[-1]).all(-1)  # (for, of)
@@ -977,11 +977,28 @@ def test_floor_and_ceiling(context, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("env_id", ["GridWorld", "SparsePointRobot", "HopperMass"])
-def test_other_environments(env_id, tmp_path):
-    """Discrete and continuous actions, and returns that are finite; Hopper falls in some twenty steps."""
+def test_other_environments(env_id, tmp_path, monkeypatch):
+    """Discrete and continuous actions, and returns that are finite; Hopper falls in some twenty steps. Continuous task
+    policies are evaluated with their most likely actions and, as test/sampled, with sampled ones."""
+    played, exploit = [], laser.exploit
+
+    def spy(envs, agent, contexts, encoder=None, tasks=None, deterministic=False):
+        data = exploit(envs, agent, contexts, encoder, tasks, deterministic)
+        if tasks and envs.split == "test":
+            played.append((deterministic, data["raw_rewards"].sum().item() / envs.num_envs))
+        return data
+
+    monkeypatch.setattr(laser, "exploit", spy)
     horizon = 80 if env_id == "HopperMass" else 12
     run(tmp_path, "--env-id", env_id, "--eval-tasks", 3, "--horizon", horizon, eval_interval=0)
-    assert all(math.isfinite(float(value)) for _, _, value in metrics(tmp_path)[1:])
+    rows = {key: float(value) for _, key, value in metrics(tmp_path)[1:]}
+    assert all(math.isfinite(value) for value in rows.values())
+    kinds = {"test": True} if env_id == "GridWorld" else {"test": True, "test/sampled": False}
+    assert {kind for kind, _ in played} == {*kinds.values()}
+    for split, deterministic in kinds.items():
+        theirs = [mean for kind, mean in played if kind == deterministic]
+        names = "permuted", "without", "after_1", "after_2", "after_3"
+        assert [rows[f"eval/{split}/return_{name}"] for name in names] == pytest.approx(theirs)
 
 
 def test_a_signal_ends_the_run_saved(tmp_path, monkeypatch):
@@ -1020,7 +1037,6 @@ def test_a_nan_stops_the_run(tmp_path, monkeypatch, capsys):
         ("--belief-batch 100000 --buffer-size 6", "GB are free"),
         ("--num-heads 3", "--num-heads 3"),
         ("--zeta 0.1", "--zeta"),
-        ("--no-eval-sample", "--eval-explore"),
         ("--nu 0", "--nu"),
         ("--sigma -1", "--sigma"),
         ("--buffer-size 2", "--buffer-size 2"),
