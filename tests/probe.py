@@ -1,9 +1,10 @@
 """What a saved belief knows: python -m tests.probe runs/<run>/checkpoint.pt, of varibad.py, dme.py or laser.py
 
-Rolls out the saved policy on the training and the held-out tasks. Then, at each step of a meta-episode: how much of the
-task's variance a linear probe reads from the belief (R^2 on held-out tasks, fitted on training tasks; 1 is all, 0
-none), and the decoder's squared error on the rewards of the next 15 steps and on all still to come, beside their
-variances. The errors say what the belief is worth: R^2 may fall with them, where the code is not linear.
+Rolls out the saved policy on the training and the held-out tasks; it is blind, if it last played so, in the belief's
+warm-up. Then, at each step of a meta-episode: how much of the task's variance a linear probe reads from the belief (R^2
+on held-out tasks, fitted on training tasks; 1 is all, 0 none), and the decoder's squared error on the rewards of the
+next 15 steps and on all still to come, beside their variances. The errors say what the belief is worth: R^2 may fall
+with them, where the code is not linear.
 
 Of laser.py: after so many episodes of exploration, R^2 from the context c and from its mean over slots, and on MEWA
 that of Bayes' rule from the mistakes that these episodes saw, which no probe can beat; for all numbers of a task and,
@@ -25,6 +26,7 @@ from common.rollouts import first_tasks
 from common.run import Run
 
 
+@torch.no_grad()
 def collect(script, path):
     """Rollouts by split, the model, and its arguments with all transitions decoded."""
     args, data = parse_args(script.Args, script.PRESETS, script.SMALL, ["--evaluate", path]), {}
@@ -36,12 +38,16 @@ def collect(script, path):
         load_modules(path, run.state, dict(agent=agent, model=model))
         agent.eval(), model.eval()
         run.make_eval_envs(args.num_envs)
+        last = run.state["global_step"] - args.num_envs * run.envs.meta_horizon  # the last training rollout's start
+        blind = script.is_blind(last, args)
         for split, envs in run.eval_envs.items():
             names, rounds = first_tasks(envs, args.eval_tasks), []
             for first in range(0, len(names), envs.num_envs):
                 chunk = names[first : first + envs.num_envs]
                 chunk += [chunk[-1]] * (envs.num_envs - len(chunk))
-                rounds.append(script.rollout(envs, agent, model, args, tasks=chunk))
+                rounds.append(script.rollout(envs, agent, model, args, blind, chunk))
+                if blind:
+                    rounds[-1]["beliefs"] = model.belief(model.hiddens(rounds[-1]))
             kept = "obs actions next_obs rewards alive beliefs".split()
             data[split] = {name: torch.cat([r[name] for r in rounds], 1) for name in kept}
             data[split]["task"] = torch.cat([r["task"] for r in rounds])

@@ -406,6 +406,17 @@ def test_probe(trained, capsys):
     assert all(error >= 0 and 0 <= variance < 1.1**2 / 4 for error, variance in (row[2:4] for row in rows[:-1]))
 
 
+@pytest.mark.parametrize("script", [varibad, dme])
+def test_probe_of_a_warm_up(script, tmp_path, monkeypatch, capsys):
+    """The policy acts blind there, as it was trained; the belief that it does not see is probed all the same."""
+    run(script, tmp_path, "--belief-warmup", "159", eval_interval=-1)  # of 160 steps
+    blind, rollout = [], script.rollout
+    monkeypatch.setattr(script, "rollout", lambda *a, **k: blind.append(a[4]) or rollout(*a, **k))
+    probe.main(str(tmp_path / "checkpoint.pt"))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert blind and all(blind) and len({row[1] for row in rows}) > 1
+
+
 def test_runs_folder(tmp_path, monkeypatch):
     """Without --run-dir: runs/<env>__<script>__<seed>__<time> where the command was given."""
     monkeypatch.chdir(tmp_path)
