@@ -841,15 +841,20 @@ def test_a_failure_beside_another_update(name, cores, tmp_path, monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
 
-@pytest.mark.parametrize("words, made", [([], 2), (["--tbptt", "7"], 1)])
+@pytest.mark.parametrize("words, made", [(["--eval-tasks", "6"], 3), (["--tbptt", "7"], 1)])
 def test_environments_are_closed(words, made, tmp_path, monkeypatch):
-    """At the end of a run, and where it does not begin."""
-    opened, closed, make, close = [], [], common.run.make_envs, TensorEnvs.close
+    """At the end of a run, where it does not begin, and before the first step where others took their place."""
+    opened, closed, in_use, make, close = [], [], [], common.run.make_envs, TensorEnvs.close
+    rollout = varibad.rollout
     monkeypatch.setattr(common.run, "make_envs", lambda *a, **b: opened.append(make(*a, **b)) or opened[-1])
     monkeypatch.setattr(TensorEnvs, "close", lambda self: closed.append(self) or close(self))
-    with pytest.raises(BadInput) if words else contextlib.nullcontext():
+    monkeypatch.setattr(
+        varibad, "rollout", lambda *a, **b: in_use.append(len(opened) - len(closed)) or rollout(*a, **b)
+    )
+    with pytest.raises(BadInput) if made == 1 else contextlib.nullcontext():
         run(varibad, tmp_path, "--total-timesteps", 1, *words, eval_interval=0)
-    assert len(opened) >= made and all(any(envs is other for other in closed) for envs in opened)
+    assert len(opened) == made and all(any(envs is other for other in closed) for envs in opened)
+    assert {*in_use} == (set() if made == 1 else {2})  # for training, for evaluations
 
 
 @SCRIPTS
