@@ -24,7 +24,7 @@ Section of the paper                                             function
 
 Where this leaves the paper, and the authors' code
     KL weight: their code's, which has a mean over decoded transitions and not the text's sum; see --kl-coef.
-    Roles and weights are drawn anew for every meta-episode; the policy sees b_t alone, so that b_0 has not read s_0.
+    Roles and weights are drawn anew for every meta-episode. Where the policy sees b_t alone, b_0 has not read s_0.
     At an episode's end encoder-p reads its last state with a flag (their code), and the policy acts on the next one's
     first. With two PPO windows of two episodes no gradient reaches the flag's weights: each window ends there.
     The buffer holds the last meta-episodes (theirs takes no more once it has seen as many as it holds).
@@ -953,9 +953,12 @@ def draw_pictures(agent, model, args, run, details):
         mixtures = [draw_mixture(args, args.num_envs, envs.device) for _ in range(5)]
         alpha = torch.stack([alpha[imagining][0] for _, imagining, alpha in mixtures])  # of one worker each: (5, N, .)
         m = (alpha * model.sample(last)).sum(1)  # (1): (5, Z)
-        rewards = imagined_rewards(model, m, 100)  # (5, cells)
-        weights = torch.zeros_like(rewards).index_add(1, envs.cell(played["task"]), alpha.mean(-1))
-    draw_mixed_tasks(run.folder / "imagined.png", weights.cpu().numpy(), rewards.cpu().numpy(), train_envs)
+        rows = {"mean reward over 100 draws": 100, "reward, one draw": 1}
+        paid = {name: imagined_rewards(model, m, draws).cpu().numpy() for name, draws in rows.items()}  # (5, cells)
+        weights = torch.zeros(5, maps.shape[-1], device=m.device).index_add(
+            1, envs.cell(played["task"]), alpha.mean(-1)
+        )
+    draw_mixed_tasks(run.folder / "imagined.png", weights.cpu().numpy(), paid, train_envs)
     for n in range(0, len(names), math.ceil(len(names) / 3)):
         column = {name: data[name][:, n].cpu().numpy() for name in ("obs", "next_obs", "success")}
         file = run.folder / f"belief_{names[n].replace('/', '_').replace(',', '_')}.png"

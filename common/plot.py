@@ -192,20 +192,23 @@ def draw_returns(file, envs, details):
 
 def draw_mixed_tasks(file, weights, rewards, train):
     """One PNG (Figure 4 of LDM): a column for each mixture, its weights over the training goals' cells, and below them
-    the reward that the decoder draws for each cell, a cross on the largest.
+    the rewards that it pays in each cell, a cross on the largest.
 
-    weights, rewards: (M, cells). train: the training environments.
+    weights: (M, cells). rewards: rows of the picture by name, each (M, cells). train: the training environments.
     """
-    size = round(rewards.shape[1] ** 0.5)
-    figure, axes = plt.subplots(2, len(weights), figsize=(2.4 * len(weights) + 0.8, 5.4), layout="constrained")
+    height, width = 2.7 * (1 + len(rewards)), 2.4 * len(weights) + 0.8
+    figure, axes = plt.subplots(1 + len(rewards), len(weights), figsize=(width, height), layout="constrained")
     edge = np.nanmax(np.abs(weights))
-    for column, alpha, reward in zip(axes.T, weights, rewards):
-        above = draw_cells(column[0], alpha, train, vmin=-edge, vmax=edge, cmap="RdBu_r")
-        below = draw_cells(column[1], reward, train, vmin=-0.1, vmax=1, cmap="Blues")
-        column[1].plot(*divmod(reward.argmax(), size), "x", color="tab:red", ms=10, mew=2)
-    axes[0, 0].set_ylabel("weights of training tasks"), axes[1, 0].set_ylabel("rewards of the mixture")
+    for axis, alpha in zip(axes[0], weights):
+        above = draw_cells(axis, alpha, train, vmin=-edge, vmax=edge, cmap="RdBu_r")
+    for row, paid in zip(axes[1:], rewards.values()):
+        for axis, reward in zip(row, paid):
+            below = draw_cells(axis, reward, train, vmin=-0.1, vmax=1, cmap="Blues")
+            axis.plot(*divmod(reward.argmax(), round(len(reward) ** 0.5)), "x", color="tab:red", ms=10, mew=2)
+    for axis, name in zip(axes[:, 0], ["weights of training tasks", *rewards]):
+        axis.set_ylabel(name)
     figure.suptitle("imagined tasks (frames: training goals; cross: largest reward)")
-    figure.colorbar(above, ax=axes[0], shrink=0.8), figure.colorbar(below, ax=axes[1], shrink=0.8)
+    figure.colorbar(above, ax=axes[0], shrink=0.8), figure.colorbar(below, ax=axes[1:], shrink=0.8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -155,7 +155,7 @@ def main(path, untrained=False):
     script = importlib.import_module(name)
     data, model, args = collect(script, path)
     train, test = data.get("train", data["test"]), data["test"]
-    T = len(test["rewards"])
+    T = int(test["alive"].any(1).sum())  # later steps are nobody's
     print(f"{'steps':>6} {'R^2 of task':>12} {'next 15: error':>15} {'variance':>9} {'all: error':>11} {'variance':>9}")
     for e in range(T):  # steps that the belief has seen
         fit, held = (torch.cat([d["beliefs"][e], torch.ones(len(d["task"]), 1)], 1) for d in (train, test))

@@ -865,7 +865,14 @@ def test_names_of_an_evaluation():
 def test_probe(trained, capsys, monkeypatch):
     """python -m tests.probe: after 1, 2, 3 episodes R^2 of the context, its mean, Bayes' rule: of all, and each."""
     monkeypatch.setattr(probe, "DRAWN", 42)
+    fitted, ridge = [], probe.linear_probe
+    monkeypatch.setattr(probe, "linear_probe", lambda fit, *rest: fitted.append(fit) or ridge(fit, *rest))
     probe.main(str(trained[0] / "checkpoint.pt"))
+    for k, (codes, mean) in enumerate(zip(fitted[::2], fitted[1::2], strict=True)):
+        codes = codes.view(len(codes), -1, 8)
+        used = (codes != 0).any(-1)  # the others are zeros, of slots that are idle or of later episodes
+        assert used.float().mean() <= (k + 1) / 3
+        torch.testing.assert_close(mean, torch.stack([c[u].mean(0) for c, u in zip(codes, used)]))
     held, _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert int(held[3]) <= int(held[0]) < 42 / 4  # distinct tasks among the meta-episodes that are judged
     assert [row[:2] for row in rows] == [[f"{k}", name] for k in (1, 2, 3) for name in ("c", "mean", "Bayes")]

@@ -620,9 +620,10 @@ def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
         function, log = getattr(owner, name), made.setdefault(name, [])
         monkeypatch.setattr(owner, name, lambda *a, f=function, log=log, **b: log.append((a, f(*a, **b))) or log[-1][1])
     run(ldm, tmp_path, "--beta", "1.5", "--mix-dimensions", eval_interval=0)
-    (file, weights, rewards, train) = calls[0]
+    (file, weights, paid, train) = calls[0]
+    rewards, single = paid.values()
     assert file == tmp_path / "imagined.png" and train.split == "train"
-    played, ((model, m), logits) = made["rollout"][-1][1], made["cell_logits"][-1]
+    played, ((model, m), logits), (_, drawn) = made["rollout"][-1][1], *made["cell_logits"][-2:]
     goals, hidden = played["task"].int().tolist(), torch.zeros(len(played["task"]), model.encoder.gru.hidden_size)
     for t in range(10):
         hidden = model.step(*(played[name][t] for name in ("actions", "next_obs", "rewards")), hidden)
@@ -636,9 +637,10 @@ def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
     torch.testing.assert_close(m, torch.stack(mixed).repeat(100, 1)[None], atol=1e-5, rtol=1e-4)  # draws of dropout
     np.testing.assert_allclose(weights, expected, atol=1e-6)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
-    p = Bernoulli(logits=logits[0]).probs.view(100, 5, 49).mean(0).numpy()
     assert logits[0].view(100, 5, 49).std(0).max() > 1e-3
-    np.testing.assert_allclose(rewards, p * 1 + (1 - p) * -0.1, atol=1e-6)
+    for found, of in ((rewards, logits[0]), (single, drawn[0])):
+        p = Bernoulli(logits=of).probs.view(-1, 5, 49).mean(0).numpy()
+        np.testing.assert_allclose(found, p * 1 + (1 - p) * -0.1, atol=1e-6)
 
 
 @pytest.mark.parametrize("script", [ldm, varibad])

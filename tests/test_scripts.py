@@ -275,6 +275,36 @@ def test_presets(env_id, cuda):
         assert parse(varibad, *spelling, *words[2:]) == parse(varibad, *words)
 
 
+DONE = dict.fromkeys(("ML1", "ML1-reach", "ML1-reach-wall", "ML1-push", "ML10", "ML45"), "done")  # SDVT's flag
+SMALL_ACTIONS = dict(Reacher=0.01, ScratchItch=0.01)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize(
+    "script, argument, usual, but",
+    [
+        (varibad, "extra_obs", "none", DONE),
+        (dme, "extra_obs", "none", DONE),
+        (varibad, "actor_gain", 1, SMALL_ACTIONS),
+        (dynamite_rl, "actor_gain", 1, SMALL_ACTIONS),
+        (dynamite_rl, "reset_hidden_at_session", True, dict(Reacher=False)),
+        (dynamite_rl, "termination_coef", 10, dict(GridWorld=1, GridWorldAlternating=59 / 4 / 240)),
+        (dynamite_rl, "state_coef", 0, dict(HalfCheetahWindVelSessions=1)),  # where states tell of the wind
+        (laser, "oracle_split", "train", dict(MEWA="test")),  # as section 5.3 has it, on MEWA
+        (laser, "eval_explore", "sampled", {}),
+        (laser, "eval_sample", False, {}),
+        (laser, "policy_gamma", False, dict.fromkeys([*DONE, "HopperMass"], True)),
+    ],
+)
+def test_what_was_decided(script, argument, usual, but, cuda):
+    """What authors' code or an experiment gave, by environment: `usual`, but for some."""
+    names = {*script.PRESETS, *DONE} - {"module:factory"}
+    for name in names:
+        value = (dataclasses.asdict(script.Args()) | preset_of(script, name, cuda))[argument]
+        assert value == pytest.approx(but.get(name, usual)), name
+    assert but.keys() - DONE.keys() <= names
+
+
 @EVERY
 def test_presets_fit(script):
     """With and without --cuda: no preset is refused."""
@@ -404,6 +434,20 @@ def test_probe(trained, capsys):
     assert [row[0] for row in rows] == [*range(10)]
     assert all(row[1] <= 1 and row[2:4] == row[4:] for row in rows)  # fewer than 15 steps are left
     assert all(error >= 0 and 0 <= variance < 1.1**2 / 4 for error, variance in (row[2:4] for row in rows[:-1]))
+
+
+def test_windows_of_the_probe(tmp_path, monkeypatch, capsys):
+    """Variances are those of the rewards of the next 15 steps, and of all that follow, on the test tasks."""
+    run(varibad, tmp_path, "--horizon", 12, "--buffer-size", 5, "--total-timesteps", 96)
+    made, rollout, _ = [], varibad.rollout, capsys.readouterr()
+    monkeypatch.setattr(varibad, "rollout", lambda *a, **b: made.append(rollout(*a, **b)) or made[-1])
+    probe.main(str(tmp_path / "checkpoint.pt"))
+    rewards = torch.cat([data["rewards"] for data in made], 1)  # GridWorld: no other tasks than those of the test
+    rows = [[float(word) for word in line.split()] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(rows) == 24
+    for e, _, _, near, _, far in rows:
+        expected = rewards[int(e) : int(e) + 15].var().item(), rewards[int(e) :].var().item()
+        assert (near, far) == pytest.approx(expected, abs=6e-4)
 
 
 @pytest.mark.parametrize("script", [varibad, dme])
@@ -855,6 +899,17 @@ def test_environments_are_closed(words, made, tmp_path, monkeypatch):
         run(varibad, tmp_path, "--total-timesteps", 1, *words, eval_interval=0)
     assert len(opened) == made and all(any(envs is other for other in closed) for envs in opened)
     assert {*in_use} == (set() if made == 1 else {2})  # for training, for evaluations
+
+
+def test_many_environments_take_a_few_ones_place(tmp_path, monkeypatch):
+    """Of more than a thousand, whose memory is asked of a thousand first; these are closed then."""
+    made, make, closed, close = [], common.run.make_envs, [], TensorEnvs.close
+    monkeypatch.setattr(common.run, "make_envs", lambda *a, **b: made.append(make(*a, **b)) or made[-1])
+    monkeypatch.setattr(TensorEnvs, "close", lambda self: closed.append(self) or close(self))
+    args = varibad.Args(num_envs=1001, horizon=1, episodes_per_task=1, run_dir=str(tmp_path))
+    with common.run.Run(args) as run_:
+        assert [envs.num_envs for envs in made[:2]] == [1000, 1001] and closed[0] is made[0]
+        assert run_.envs is made[1] and not any(envs is made[1] for envs in closed)
 
 
 @SCRIPTS
