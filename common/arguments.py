@@ -66,8 +66,8 @@ class Experiment:
     run_dir: str = ""  # folder of this very run; empty = runs/<env>__<script>__<seed>__<time>
     resume: str = ""  # checkpoint to continue from, with its arguments; those given beside it override
     evaluate: str = ""  # checkpoint to evaluate: prints the results and writes eval.json beside it, trains nothing
-    # Evaluate as in training alone, with sampled actions (dme.py: and w and z). Without it with the most likely ones,
-    # the means; continuous policies with sampled ones, too: eval/test/sampled/...
+    # Evaluations with sampled actions alone, as in training (dme.py: and w and z). Without it they have the most likely
+    # ones, the means; those of continuous policies sampled ones, too: eval/test/sampled/...
     eval_sample: bool = False
     capture_video: bool = False  # with --evaluate: a film of one held-out task of each family (Meta-World, ScratchItch)
     compile: bool = False  # torch.compile the networks; the first iteration takes a minute
