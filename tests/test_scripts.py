@@ -420,8 +420,8 @@ def test_a_copy_elsewhere(trained):
 
 
 def test_probe(trained, capsys):
-    """python -m tests.probe, on what it is for: a row for each step, of which one number is known,
-    the rewards' variance."""
+    """python -m tests.probe, on what it is for: a row for each step, of which one number is known, the rewards'
+    variance."""
     script, folder, _ = trained
     if script in (ldm, dynamite_rl):
         with pytest.raises(BadInput, match=f"is a checkpoint of {script.__name__}, not of varibad or dme or laser"):
