@@ -638,6 +638,7 @@ def test_pictures_of_imagined_tasks(tmp_path, monkeypatch):
     np.testing.assert_allclose(weights, expected, atol=1e-6)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
     assert logits[0].view(100, 5, 49).std(0).max() > 1e-3
+    assert drawn[0].shape == (5, 49)  # one draw of each mixture
     for found, of in ((rewards, logits[0]), (single, drawn[0])):
         p = Bernoulli(logits=of).probs.view(-1, 5, 49).mean(0).numpy()
         np.testing.assert_allclose(found, p * 1 + (1 - p) * -0.1, atol=1e-6)
