@@ -1,10 +1,10 @@
 """What a saved belief knows: python -m tests.probe runs/<run>/checkpoint.pt, of varibad.py, dme.py or laser.py
 
 Rolls out the saved policy on the training and the held-out tasks; it is blind, if it last played so, in the belief's
-warm-up. Then, at each step of a meta-episode: how much of the task's variance a linear probe reads from the belief (R^2
-on held-out tasks, fitted on training tasks; 1 is all, 0 none), and the decoder's squared error on the rewards of the
-next 15 steps and on all still to come, beside their variances. The errors say what the belief is worth: R^2 may fall
-with them, where the code is not linear.
+warm-up. Then, at each step of a meta-episode (but where nobody plays in the next 15): how much of the task's variance a
+linear probe reads from the belief (R^2 on held-out tasks, fitted on training tasks; 1 is all, 0 none), and the
+decoder's squared error on the rewards of the next 15 steps and on all still to come, beside their variances. The errors
+say what the belief is worth: R^2 may fall with them, where the code is not linear.
 
 Of laser.py: after so many episodes of exploration, R^2 from the context c and from its mean over slots, and on MEWA
 that of Bayes' rule from the mistakes that these episodes saw, which no probe can beat; for all numbers of a task and,
@@ -155,9 +155,11 @@ def main(path, untrained=False):
     script = importlib.import_module(name)
     data, model, args = collect(script, path)
     train, test = data.get("train", data["test"]), data["test"]
-    T = int(test["alive"].any(1).sum())  # later steps are nobody's
+    T = len(test["rewards"])
     print(f"{'steps':>6} {'R^2 of task':>12} {'next 15: error':>15} {'variance':>9} {'all: error':>11} {'variance':>9}")
     for e in range(T):  # steps that the belief has seen
+        if not test["alive"][e : e + 15].any():
+            continue  # nobody plays there
         fit, held = (torch.cat([d["beliefs"][e], torch.ones(len(d["task"]), 1)], 1) for d in (train, test))
         weights = torch.linalg.solve(fit.T @ fit + 1e-2 * torch.eye(fit.shape[1]), fit.T @ train["task"])
         residual, spread = (

@@ -450,6 +450,22 @@ def test_windows_of_the_probe(tmp_path, monkeypatch, capsys):
         assert (near, far) == pytest.approx(expected, abs=6e-4)
 
 
+def test_idle_steps_of_the_probe(tmp_path, monkeypatch, capsys):
+    """No row where nobody plays in the next 15 steps; they are not the last ones, where episodes end early."""
+    run(varibad, tmp_path, "--horizon", 12, "--buffer-size", 5, "--total-timesteps", 96)
+    rollout, _ = varibad.rollout, capsys.readouterr()
+
+    def idle(*a, **b):
+        data = rollout(*a, **b)
+        data["alive"][2:22] = False
+        return data
+
+    monkeypatch.setattr(varibad, "rollout", idle)
+    probe.main(str(tmp_path / "checkpoint.pt"))
+    rows = [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [0, 1, *range(8, 24)]
+
+
 @pytest.mark.parametrize("script", [varibad, dme])
 def test_probe_of_a_warm_up(script, tmp_path, monkeypatch, capsys):
     """The policy acts blind there, as it was trained; the belief that it does not see is probed all the same."""
