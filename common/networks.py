@@ -111,14 +111,13 @@ class Block(nn.Module):
 
 
 class GRU(nn.GRU):
-    """nn.GRU(input_size, hidden_size), one layer, time-major; gradients on a CPU, for small batches, by `Recurrence`.
+    """nn.GRU(input_size, hidden_size), one layer, time-major; on a CPU, for small batches, by `Recurrence`.
 
     x (T, B, input), start (1, B, D) -> hidden states (T, B, D) and the last of them (1, B, D), as nn.GRU.
     """
 
     def forward(self, x, start):
-        large = x.shape[1] * self.hidden_size > 8000  # beyond that there is nothing to gain
-        if x.is_cuda or large or not torch.is_grad_enabled():
+        if x.is_cuda or x.shape[1] * self.hidden_size > 8000:  # beyond that there is nothing to gain
             return super().forward(x, start)
         inputs = F.linear(x, self.weight_ih_l0, self.bias_ih_l0)
         hidden = Recurrence.apply(inputs, start[0], self.weight_hh_l0, self.bias_hh_l0)
