@@ -4,6 +4,7 @@ A command is parsed as its script would, and the arguments that come out are hel
 shows is a preset that has changed since, and a slip in a table.
 """
 
+import functools
 import importlib
 import json
 import math
@@ -16,20 +17,38 @@ import pytest
 from common.arguments import parse_args
 
 RESULTS = Path(__file__).parent.parent / ".github" / "results"
-SILENT = set(  # change nothing of what a run learns
-    "run_dir resume evaluate explored cuda compile track capture_video eval_interval checkpoint_interval".split()
-)
-FROM_ENVIRONMENT = {"horizon": 0, "episodes_per_task": 0, "sessions": 0, "session_process": ""}  # then: its own
-# DynaMITE-RL's losses were sums over sessions before they were means: the same weights in other units.
-SUMS = {"kl_coef", "consistency_coef", "termination_coef"}
-BEFORE = {  # what may differ, by the run's name
-    **dict.fromkeys("dynamite_rl_kept dynamite_rl_kl_0.1 no_session_reconstruction no_consistency".split(), SUMS),
-    **dict.fromkeys("no_conditioning_kept oracle_terminations dynamite_rl_old".split(), SUMS),
-    "rl2_next": {"kl_coef"},  # of a belief that RL2 does not read
-    "laser_oracle_beta_0_norms": {"zeta"},  # of a meta-reward with weight 0
-    "laser_oracle_5_episodes": {"total_timesteps"},  # a bound that was not reached
-}
+isclose = functools.partial(math.isclose, rel_tol=2e-3)  # weights are printed with three digits
 SCRIPT = re.compile(r"`((?:varibad|dme|ldm|dynamite_rl|laser)\.py[^`]*)`")
+RUNS = {path.parent.name for path in RESULTS.glob("*/config.json")}
+# Change nothing of what a run learns; a seed is looked for in the command and in the run's name.
+SILENT = {"seed", "run_dir", "resume", "evaluate", "compile", "track", "capture_video", "eval_interval"}
+SILENT |= {"checkpoint_interval", "horizon", "episodes_per_task"}  # the last two are the environments' own
+# What was the case before there was an argument for it.
+THEN = dict(
+    oracle=[False], extra_obs=["none"], actor_gain=[1.0], encoder_obs=["next"], ppo_windows=[1], draw_ends=[False]
+)
+THEN |= dict(
+    control_cost=["", "clipped"], oracle_split=["train", "test"], eval_explore=["sampled"], policy_gamma=[False]
+)
+# DynaMITE-RL's losses were sums over sessions before they were means: the same weights in other units.
+SUMS = dict(kl_coef=0.03, consistency_coef=0.5, termination_coef=1.0)
+RECORDED = {  # what stands in a run's config.json in place of what its command stands for, by the run's name
+    **{f"GridWorldAlternating__{name}": SUMS for name in ("dynamite_rl_kept", "no_session_reconstruction")},
+    **{f"GridWorldAlternating__{name}": SUMS for name in ("no_conditioning_kept", "no_consistency")},
+    "GridWorldAlternating__oracle_terminations": SUMS,
+    "GridWorldAlternating__dynamite_rl_kl_0.1": SUMS | dict(kl_coef=0.1),
+    "Reacher__dynamite_rl_old": SUMS | dict(kl_coef=0.001),
+    "HalfCheetahVelSessions__dynamite_rl_old": SUMS | dict(kl_coef=0.001),
+    "GridWorldLDM__rl2_next": dict(kl_coef=1 / 120),  # of a belief that RL2 does not read
+    "MEWA__laser_oracle_beta_0_norms": dict(zeta=-0.13),  # of a meta-reward with weight 0
+    "MEWA__laser_oracle_5_episodes": dict(total_timesteps=7_500_000),  # a bound that was not reached
+}
+UNCHECKED = {  # commands in words, or with another run's checkpoint, or of a preset of long ago
+    "HalfCheetahVelSessions__dynamite_rl_ends_1", "HalfCheetahVelSessions__dynamite_rl_ends_10",
+    *(name for name in RUNS if "_sessions_" in name), "MEWAUniform__laser_context_mean__1",
+    "MEWAUniform__laser_explored_3000__1", "MEWA__laser_context_mean__1", "MEWA__laser__1",
+    "ScratchItch__dynamite_rl_old__1",
+}  # fmt: skip
 
 
 def tables():
@@ -49,9 +68,7 @@ def tables():
             continue
         before = own[0] if own else rows[-1 if number is None else number]
         rows.append(" ".join([before, *re.findall(r"`(--[^`]*)`", cell)]))
-        names = [name for name in re.findall(r"\]\(([\w.-]+)\)", line) if (RESULTS / name).is_dir()]
-        if "--explored" not in rows[-1] and "preset of then" not in cell:  # arguments of another run, or of long ago
-            yield from (pytest.param(rows[-1], name, id=name) for name in names)
+        yield from ((rows[-1], name) for name in re.findall(r"\]\(([\w.-]+)\)", line) if name in RUNS - UNCHECKED)
 
 
 def parsed(command):
@@ -59,28 +76,36 @@ def parsed(command):
     script, *argv = shlex.split(command, comments=True)
     module = importlib.import_module(script.removesuffix(".py"))
     args = vars(parse_args(module.Args, module.PRESETS, getattr(module, "SMALL", {}), argv))
+    if "Sessions" in args["env_id"] or args["env_id"] in ("Reacher", "ScratchItch", "GridWorldAlternating"):
+        process = "fixed" if args["env_id"] == "GridWorldAlternating" else "poisson"
+        args |= dict(sessions=args["sessions"] or 4, session_process=args["session_process"] or process)
     return json.loads(json.dumps(args | dict(script=module.__name__)))
 
 
-@pytest.mark.parametrize("command, name", [*tables()])
+@pytest.mark.parametrize("command, name", [pytest.param(*row, id=row[1]) for row in tables()])
 def test_command_starts_the_run_that_is_reported(command, name):
     args, config = parsed(command), json.loads((RESULTS / name / "config.json").read_text())
-    known = SILENT | BEFORE.get(name.split("__")[1], set()) | ({"seed"} if "--seed" not in command else set())
-    for key in args.keys() & config.keys() - known:
-        ours, theirs = args[key], config[key]
-        same = math.isclose(ours, theirs, rel_tol=2e-3) if isinstance(ours, float) else ours == theirs
-        assert same or ours == FROM_ENVIRONMENT.get(key), f"{key}: {ours} by the command, {theirs} in the run"
+    for key in [key for key in config if key.startswith("no_") and key not in args]:
+        config[key.removeprefix("no_")] = not config[key]  # --no-belief was an argument of its own
+    expected = args | RECORDED.get(name.rpartition("__")[0], {})
+    for key in expected.keys() - SILENT:
+        those = [config[key]] if key in config else THEN.get(key, [])
+        same = [expected[key] == that or (isinstance(that, float) and isclose(expected[key], that)) for that in those]
+        assert any(same), f"{key}: {expected[key]} by the command, {those} in the run"
+    seed = name.rpartition("__")[2]
+    assert not seed.isdigit() or config["seed"] == int(seed)
+    assert "--seed" not in command or config["seed"] == args["seed"]
+
+
+def test_every_run_stands_in_a_table():
+    assert {name for _, name in tables()} == RUNS - UNCHECKED
+    assert RUNS <= set(re.findall(r"\]\(([\w.-]+)\)", (RESULTS / "README.md").read_text()))
 
 
 def test_commands_of_the_readme_are_understood():
     text = (RESULTS.parent.parent / "README.md").read_text()
-    commands = SCRIPT.findall(text) + re.findall(r"^(?:python|.* -- ) ?(\w+\.py .*)", text, re.M)
-    commands = [command for command in commands if "<" not in command]  # they need a run
+    commands = SCRIPT.findall(text) + re.findall(r"^[^|\n]*(?:python|--) (\w+\.py[^`\n]*)", text, re.M)
+    commands = [command for command in commands if "<" not in command and "--help" not in command]  # they need a run
     assert len(commands) > 40
     for command in commands:
         parsed(command)
-
-
-def test_every_run_stands_in_a_table():
-    linked = set(re.findall(r"\]\(([\w.-]+)\)", (RESULTS / "README.md").read_text()))
-    assert sorted(path.parent.name for path in RESULTS.glob("*/config.json") if path.parent.name not in linked) == []
