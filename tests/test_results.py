@@ -4,7 +4,6 @@ A command is parsed as its script would, and the arguments that come out are hel
 shows is a preset that has changed since, and a slip in a table.
 """
 
-import functools
 import importlib
 import json
 import math
@@ -17,7 +16,6 @@ import pytest
 from common.arguments import parse_args
 
 RESULTS = Path(__file__).parent.parent / ".github" / "results"
-isclose = functools.partial(math.isclose, rel_tol=2e-3)  # weights are printed with three digits
 SCRIPT = re.compile(r"`((?:varibad|dme|ldm|dynamite_rl|laser)\.py[^`]*)`")
 RUNS = {path.parent.name for path in RESULTS.glob("*/config.json")}
 # Change nothing of what a run learns; a seed is looked for in the command and in the run's name.
@@ -90,8 +88,9 @@ def test_command_starts_the_run_that_is_reported(command, name):
     expected = args | RECORDED.get(name.rpartition("__")[0], {})
     for key in expected.keys() - SILENT:
         those = [config[key]] if key in config else THEN.get(key, [])
-        same = [expected[key] == that or (isinstance(that, float) and isclose(expected[key], that)) for that in those]
-        assert any(same), f"{key}: {expected[key]} by the command, {those} in the run"
+        ours = expected[key]  # weights are printed with three digits
+        same = [ours == x or (isinstance(x, float) and math.isclose(ours, x, rel_tol=2e-3)) for x in those]
+        assert any(same), f"{key}: {ours} by the command, {those} in the run"
     seed = name.rpartition("__")[2]
     assert not seed.isdigit() or config["seed"] == int(seed)
     assert "--seed" not in command or config["seed"] == args["seed"]
@@ -105,7 +104,7 @@ def test_every_run_stands_in_a_table():
 def test_commands_of_the_readme_are_understood():
     text = (RESULTS.parent.parent / "README.md").read_text()
     commands = SCRIPT.findall(text) + re.findall(r"^[^|\n]*(?:python|--) (\w+\.py[^`\n]*)", text, re.M)
-    commands = [command for command in commands if "<" not in command and "--help" not in command]  # they need a run
+    commands = [command for command in commands if "<" not in command and "--help" not in command]  # <run>: none here
     assert len(commands) > 40
     for command in commands:
         parsed(command)
