@@ -1052,7 +1052,7 @@ PRESETS = {
         ent_coef_end=0.0, actor_gain=0.01, std_init=0.5, belief_updates=4,
     ),
     # Of other papers, where a meta-episode is one session.
-    "GridWorld": dict(  # ours, after variBAD's: behind Table 2's two layers the encoder does not learn the goal
+    "GridWorld": dict(  # ours, after variBAD's; behind Table 2's two layers the encoder learns the goal late
         encoder_layers=(), standardise_inputs=False, reward_decoder="multihead", belief_learning_rate=1e-3,
         buffer_size=100_000, learning_rate=7e-4, update_epochs=2, clip_coef=0.05, gamma=0.95, ent_coef=0.04,
     ),
