@@ -69,7 +69,7 @@ from common.memory import check_memory, phase_1_memory
 from common.networks import Block, BoundedStd, RunningNorm, mlp, normc_, xavier_
 from common.plot import draw_contexts, draw_curves, draw_similarity
 from common.processes import check_finite, check_steps, descend
-from common.rollouts import by_episode, first_tasks, outcomes, record_step, records
+from common.rollouts import by_episode, first_tasks, measured, outcomes, record_step, records
 from common.run import Run, start
 from common.tokens import Packing, Slots, action_input, tokens_shape
 
@@ -904,26 +904,27 @@ def meta_test(envs, exploit_envs, encoder, explorer, agent, args, tasks, determi
     """Algorithm 2 in the named tasks, one for each of N `envs`, with --eval-episodes of `exploit_envs` for each.
 
     deterministic: the task policy takes its most likely actions; the exploration policy goes by --eval-explore.
-    Returns the rollout with the whole context, these environments, and episode_return, episode_success (K + 2, N),
-    means over a task's episodes: with the whole context of another task; without context, zeros; and after 1, .., K
-    episodes of exploration. --oracle-context and --no-belief have three rows. What is learned of a task is how far the
-    last lies above the first, and above a run with --no-belief; zeros are an input that no policy trained on.
+    Returns the rollout with the whole context, these environments, and episode_return, episode_success (K + 2, N; the
+    latter where success is defined), means over a task's episodes: with the whole context of another task; without
+    context, zeros; and after 1, .., K episodes of exploration. --oracle-context and --no-belief have three rows. What
+    is learned of a task is how far the last lies above the first, and above a run with --no-belief; zeros are an input
+    that no policy trained on.
     """
     many, means = [name for name in tasks for _ in range(args.eval_episodes)], []
     with torch.no_grad():
         contexts = [*contexts_by_episode(envs, encoder, explorer, args, tasks)]
         for context in [contexts[-1][other_tasks(tasks).to(envs.device)], None, *contexts]:
             data = exploit(exploit_envs, agent, context, encoder, many, deterministic)
-            means.append([x.float().view(len(tasks), -1).mean(1) for x in outcomes(data, exploit_envs).values()])
-    returns, success = (torch.stack(rows) for rows in zip(*means))
-    return data | dict(envs=exploit_envs, episode_return=returns, episode_success=success)
+            found = outcomes(data, exploit_envs)
+            means.append({key: x.float().view(len(tasks), -1).mean(1) for key, x in found.items()})
+    return data | dict(envs=exploit_envs) | {key: torch.stack([row[key] for row in means]) for key in means[0]}
 
 
 def summarise(tasks):
     """An evaluation's scalars by name: `by_episode`, and how much more a task's own context brings than another's."""
     scalars = by_episode(tasks)
-    del scalars["success_rate_any_episode"]  # of means over episodes there is none
-    for key, word in (("return", "return"), ("success", "success_rate")):
+    scalars.pop("success_rate_any_episode", None)  # of means over episodes there is none
+    for key, word in measured(tasks):
         rows = np.array([task[key] for task in tasks.values()])  # (tasks, K + 2)
         scalars[f"{word}_adaptation"] = float((rows[:, -1] - rows[:, 0]).mean())
     return scalars
@@ -1054,10 +1055,7 @@ def main(args):
             run.lap("ppo")
             if args.total_timesteps and run.global_step >= args.total_timesteps:
                 run.last = iteration
-            returns, success = (x.float().mean().item() for x in outcomes(data, exploit_envs).values())
-            run.shown |= {"return": returns, "success": success}
-            more = {"charts/episodic_return": returns, "charts/success_rate": success}
-            run.log(losses, data, more | {"charts/phase": 2, "charts/iteration": iteration})
+            run.log(losses, data | outcomes(data, exploit_envs), {"charts/phase": 2, "charts/iteration": iteration})
             if run.due(args.eval_interval, since=phase_1):
                 run.evaluate(play, summarise, what)
             if run.stopped() or run.due(args.checkpoint_interval):

@@ -803,7 +803,7 @@ def rollout(envs, agent, model, args, tasks=None, deterministic=False, mixture=N
             if agent.encoder:
                 hidden = agent.encoder.step(action, read_obs, reward, hidden)
     details = {f"belief_{name}": part for name, part in agent.named(data["beliefs"][-1]).items()}
-    real = outcomes({name: data[name][:, normal] for name in ("raw_rewards", "success")}, envs)
+    real = outcomes({name: data[name][:, normal] for name in ("raw_rewards", "success") if name in data}, envs)
     return data | real | dict(normal=normal, imagining=imagining, details=details)
 
 

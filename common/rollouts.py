@@ -25,7 +25,6 @@ def records(envs):
         raw_rewards=torch.empty(T, N, device=device),
         terminated=torch.zeros(T, N, device=device, dtype=torch.bool),
         alive=torch.ones(T, N, device=device, dtype=torch.bool),
-        success=torch.zeros(T, N, device=device, dtype=torch.bool),
         env_seconds=0.0,
     )
 
@@ -47,24 +46,34 @@ def record_step(envs, data, t, obs, action, shift=0.0):
     data["obs"][t], data["next_obs"][t], data["actions"][t] = obs, info["final_obs"] + shift, action
     data["rewards"][t], data["raw_rewards"][t] = reward, info.get("raw_reward", reward)
     data["terminated"][t] = terminated
-    for name in ("alive", "success"):
-        if name in info:
-            data[name][t] = info[name]
+    if "alive" in info:
+        data["alive"][t] = info["alive"]
+    if "success" in info:
+        data.setdefault("success", torch.zeros_like(data["terminated"]))[t] = info["success"]
     return following + shift, info
 
 
 def outcomes(data, envs):
-    """What each episode of a rollout returned, in raw rewards, and whether it succeeded, at any step: (K, N) each."""
+    """What each episode of a rollout returned, in raw rewards, and whether it succeeded, at any step, where the
+    environment says so: (K, N) each."""
     shape = envs.episodes_per_task, envs.horizon, -1
-    returns, success = data["raw_rewards"].view(shape).sum(1), data["success"].view(shape).any(1)
-    return dict(episode_return=returns, episode_success=success)
+    found = dict(episode_return=data["raw_rewards"].view(shape).sum(1))
+    if "success" in data:
+        found["episode_success"] = data["success"].view(shape).any(1)
+    return found
+
+
+def measured(tasks):
+    """What each of an evaluation's tasks has, and what the scalars of it are called: pairs of names."""
+    first = next(iter(tasks.values()))
+    return [(key, word) for key, word in (("return", "return"), ("success", "success_rate")) if key in first]
 
 
 def by_episode(tasks):
     """Scalars by name out of {task: {"return", "success"}}, K numbers each: means over tasks, of each episode, of the
-    last one, and of that by family where there are several."""
+    last one, and of that by family where there are several. Without "success" there are those of returns alone."""
     scalars = {}
-    for key, word in (("return", "return"), ("success", "success_rate")):
+    for key, word in measured(tasks):
         rows = np.array([task[key] for task in tasks.values()])  # (tasks, K)
         for k in range(rows.shape[1]):
             scalars[f"{word}_episode_{k + 1}"] = float(rows[:, k].mean())
@@ -96,7 +105,7 @@ def play_tasks(play, envs, names, deterministic):
         chunk = names[first : first + envs.num_envs]
         padded = chunk + [chunk[-1]] * (envs.num_envs - len(chunk))
         data = play(envs, padded, deterministic)
-        rows = {"return": data["episode_return"].T, "success": data["episode_success"].float().T}
+        rows = {key: data[f"episode_{key}"].float().T for key in ("return", "success") if f"episode_{key}" in data}
         rows |= data.get("details", {})
         for name, x in rows.items():
             if not x.isfinite().all():

@@ -293,14 +293,13 @@ class Run:
         if not self.logs():
             return
         scalars = {f"losses/{key}": all_sum(value).item() for key, value in losses.items()}
-        if "episode_return" in data:
-            episodes, success = (
-                (all_sum(data[name].float().mean(1)) / ranks()).tolist()
-                for name in ("episode_return", "episode_success")
-            )
-            scalars |= {f"charts/return_episode_{k + 1}": value for k, value in enumerate(episodes)}
-            scalars |= {"charts/episodic_return": episodes[-1], "charts/success_rate": success[-1]}
-            self.shown |= {"return": episodes[-1], "success": success[-1]}
+        for name, key in (("return", "episodic_return"), ("success", "success_rate")):
+            here = torch.tensor(int(f"episode_{name}" in data), device=self.device)
+            if all_sum(here) == ranks():  # else one would wait for the others
+                episodes = (all_sum(data[f"episode_{name}"].float().mean(1)) / ranks()).tolist()
+                if name == "return":
+                    scalars |= {f"charts/return_episode_{k + 1}": value for k, value in enumerate(episodes)}
+                scalars[f"charts/{key}"] = self.shown[name] = episodes[-1]
         scalars["charts/SPS"] = (self.global_step - self.first_step) / (time.time() - self.started)
         seconds = sum(self.laps.values())
         scalars |= {f"time/{name}": lap / seconds for name, lap in self.laps.items()}
@@ -339,7 +338,9 @@ class Run:
                     found |= envs.score({name: task["return"] for name, task in tasks.items()})
                 scalars |= {f"eval/{split}{kind}/{rename(key)}": value for key, value in found.items()}
         self.details = {split: played[split] for split in self.eval_envs}
-        self.shown |= {"test return": scalars["eval/test/return"], "test success": scalars["eval/test/success_rate"]}
+        for name, key in (("test return", "eval/test/return"), ("test success", "eval/test/success_rate")):
+            if key in scalars:
+                self.shown[name] = scalars[key]
         text = json.dumps(dict(global_step=self.global_step, **scalars, tasks=played), indent=1)
         with contextlib.nullcontext() if self.args.evaluate else on_disk("evaluation", self.global_step):
             write_whole(self.folder / "eval.json", text)

@@ -21,7 +21,7 @@ from common.envs import BadInput, make_envs
 from common.tokens import Slots
 from tests import probe
 from tests.test_belief import check, signals  # noqa: F401
-from tests.test_scripts import command, metrics, same
+from tests.test_scripts import command, metrics, same, without_success
 
 torch.set_num_threads(1)
 SIZES = dict(
@@ -806,6 +806,11 @@ def test_what_a_run_leaves(trained):
     assert end["iteration"] == 6 and end["encoder"]["z_hat"].any()
     assert end.keys() >= PHASE_2 and not end.keys() & PHASE_1  # phase 2 does without
     assert end["processes"][0].keys() == {"envs", "exploit_envs", "rng"}
+
+
+def test_no_success_where_none_is_defined(tmp_path, capsys):
+    run(tmp_path / "run", "--env-id", "HopperMass", "--eval-tasks", 2, eval_interval=2)
+    assert without_success(tmp_path / "run", capsys.readouterr().err)
 
 
 def test_other_tasks():

@@ -555,6 +555,21 @@ def test_by_episode():
         }
     )  # fmt: skip
     assert not any("/" in key for key in by_episode({name: tasks[name] for name in ("a/0", "a/1")}))
+    returns = {name: {"return": task["return"]} for name, task in tasks.items()}
+    assert by_episode(returns).keys() == {key for key in by_episode(tasks) if key.startswith("return")}
+
+
+def without_success(folder, shown):
+    """Whether a run's rows, its evaluation and its progress line have returns, and no success rate of 0."""
+    keys = {key for _, key, _ in metrics(folder)}
+    assert {"charts/episodic_return", "eval/test/return"} <= keys and "return=" in shown and "test return=" in shown
+    return not any("success" in text for text in (*keys, (folder / "eval.json").read_text(), shown))
+
+
+@pytest.mark.parametrize("script, env_id", [(varibad, "HalfCheetahVel"), (ldm, "AntGoal"), (dme, "GridWorld")])
+def test_success_where_it_is_defined(script, env_id, tmp_path, capsys):
+    run(script, tmp_path / "run", "--env-id", env_id, "--eval-tasks", 2, eval_interval=2)
+    assert without_success(tmp_path / "run", capsys.readouterr().err) == (env_id != "GridWorld")
 
 
 def recorded(script, monkeypatch):

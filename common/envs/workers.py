@@ -181,6 +181,8 @@ class WorkerVectorEnv:
         self._check_finite()
         keys = ("final_obs", "reward", "terminated", "success", "alive")
         new = {k: getattr(self._shared, k).to(self.device, copy=True) for k in keys}
+        if not self._shared.succeeds.any():  # no environment has told yet, so this one may not define it
+            del new["success"]
         obs = self._shared.obs.to(self.device, copy=True) if restart else new["final_obs"]
         return obs, new.pop("reward"), new.pop("terminated"), self._all[ended], new
 
@@ -388,6 +390,7 @@ def _fields(num_envs, num_workers, obs_shape, action_shape, action_dtype):
         "terminated": ((num_envs,), "?"),
         "success": ((num_envs,), "?"),
         "alive": ((num_envs,), "?"),
+        "succeeds": ((num_workers,), "?"),  # whether an environment has told its success
         "busy": ((num_workers,), "i4"),  # which environment each worker is at, -1 for none: for the post-mortem
     }
 
@@ -476,6 +479,7 @@ class _Server:
                 block.reward[i] = reward
                 block.terminated[i] = terminated
                 block.success[i] = info.get("success", 0)
+                block.succeeds[self.number] |= "success" in info
                 block.alive[i] = 1
                 if terminated or truncated:
                     self.finished.add(i)
