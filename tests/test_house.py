@@ -153,7 +153,7 @@ EXCEPTIONS = {
         "draw_pictures": "imagined tasks; the policy's belief is not the decoder's",
     },
     dynamite_rl: {
-        **dict.fromkeys(("PPO", "Belief", "SESSIONS", "SMALL_SESSIONS"), "its arguments and hyper-parameters"),
+        **dict.fromkeys(("PPO", "Belief", "POINT", "SESSIONS", "SMALL_SESSIONS"), "its arguments and hyper-parameters"),
         "Agent": "no embeddings, ReLU (appendix E); actor and critic may be clipped apart",
         "Encoder": "an MLP before the GRU (appendix E), conditioning",
         "BeliefModel": "heads of session ends, p(m' | m), Algorithm 3's next session",
@@ -181,8 +181,8 @@ LEFT_OUT = {  # what of varibad.py's a script does without
         *("VariBAD", "GRID", "LARGE_GRID", "META_WORLD", "SESSIONS"),
         *("SMALL", "ML1", "SMALL_ML", "SMALL_ML1", "SMALL_SESSIONS", "is_blind"),
     },
-    dynamite_rl: {  # no presets of environments without sessions
-        *("VariBAD", "GRID", "LARGE_GRID", "POINT", "LOCOMOTION", "META_WORLD", "ML1", "SMALL_ML", "SMALL_ML1"),
+    dynamite_rl: {  # few presets of environments without sessions
+        *("VariBAD", "GRID", "LARGE_GRID", "LOCOMOTION", "META_WORLD", "ML1", "SMALL_ML", "SMALL_ML1"),
     },
     laser: {  # no belief model of variBAD's kind, and no presets but its own
         *("VariBAD", "GRID", "LARGE_GRID", "POINT", "LOCOMOTION", "SESSIONS", "ML1", "SMALL_ML1", "SMALL_SESSIONS"),

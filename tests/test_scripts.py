@@ -286,10 +286,10 @@ SMALL_ACTIONS = dict(Reacher=0.01, ScratchItch=0.01)
         (varibad, "extra_obs", "none", DONE),
         (dme, "extra_obs", "none", DONE),
         (varibad, "actor_gain", 1, SMALL_ACTIONS),
-        (dynamite_rl, "actor_gain", 1, SMALL_ACTIONS),
+        (dynamite_rl, "actor_gain", 1, SMALL_ACTIONS | dict.fromkeys([*DONE, "HopperMass"], 0.01)),
         (dynamite_rl, "reset_hidden_at_session", True, dict(Reacher=False)),
         (dynamite_rl, "termination_coef", 10, dict(GridWorld=1, GridWorldAlternating=59 / 4 / 240)),
-        (dynamite_rl, "encoder_layers", (64, 64), dict(GridWorld=())),  # behind them the goal is learned late
+        (dynamite_rl, "encoder_layers", (64, 64), dict.fromkeys([*DONE, "GridWorld", "HopperMass"], ())),  # goals late
         (dynamite_rl, "state_coef", 0, dict(HalfCheetahWindVelSessions=1)),  # where states tell of the wind
         (laser, "oracle_split", "train", dict(MEWA="test")),  # as section 5.3 has it, on MEWA
         (laser, "eval_explore", "sampled", {}),
