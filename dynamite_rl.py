@@ -57,7 +57,7 @@ Where this leaves the paper
     The reward's decoder sees s' as well: (m, s, a, s'), and on the alternating grid (m, s'). The state's gives s' - s.
     p(m' | m) is a small network; a session's first belief is its prediction (--boundary-belief initial: Algorithm 3).
     The GRU's hidden state is reset (appendix A; kept, conditioning adds nothing on the grid), on Reacher it is kept.
-    PPO clips gradients of actor and critic apart, no values. Ours: presets of grids, other papers' environments, CPUs.
+    PPO clips gradients of actor and critic apart, no values. Presets are the paper's on its MuJoCo tasks with --cuda.
 """
 
 import common  # noqa: F401  # before PyTorch: a Ctrl-C during its import leaves no traceback
@@ -1026,8 +1026,8 @@ SESSIONS = dict(  # Table 2; what it leaves open is marked (ours) above
     latent_dim=16, elbo_terms=13, decode_terms=50, belief_updates=512,  # one in 1600 steps, as without --cuda (ours)
     termination_coef=10.0,  # there is an end in a hundred steps; with 1 their AUC is .49 after 200 updates (ours)
 )  # fmt: skip
-# Of other papers, where a meta-episode is one session; ours, after variBAD's. With Table 2's layers before the GRU a
-# goal is learned late; with larger first actions the agent runs off before it has found one.
+# For other papers' environments, where a meta-episode is one session; ours, after variBAD's. With Table 2's layers
+# before the GRU a goal is learned late; with larger first actions the agent runs off before it has found one.
 POINT = dict(
     total_timesteps=50_000_000, eval_interval=25, checkpoint_interval=25, gae_lambda=0.9, time_limit="task",
     num_minibatches=8, ent_coef=0.001, ent_coef_end=0.001, policy_layers=(128, 128, 128), actor_gain=0.01,
@@ -1055,7 +1055,7 @@ PRESETS = {
         num_envs=32, eval_interval=100, checkpoint_interval=100, gamma=0.95, num_minibatches=16, ent_coef=0.0,
         ent_coef_end=0.0, actor_gain=0.01, std_init=0.5, belief_updates=4,
     ),
-    "GridWorld": dict(  # ours, too
+    "GridWorld": dict(  # ours, too, and without these layers
         encoder_layers=(), standardise_inputs=False, reward_decoder="multihead", belief_learning_rate=1e-3,
         buffer_size=100_000, learning_rate=7e-4, update_epochs=2, clip_coef=0.05, gamma=0.95, ent_coef=0.04,
     ),

@@ -10,9 +10,9 @@ def records(envs):
     """Tensors, time-major, for what every rollout of T = K * H steps in N environments records, by name:
 
     obs, next_obs (T, N, S), the state before and after a step; actions, int64 (T, N) or float32 (T, N, A); rewards and
-    raw_rewards, in which returns are reported, terminated, success, and alive (T, N), False while an environment idles
-    after an early end of its episode: nothing counts such steps. Made outside of inference mode, so that updates may
-    use them. And env_seconds, the time spent in `envs.step`.
+    raw_rewards, in which returns are reported, terminated, and alive (T, N), False while an environment idles after an
+    early end of its episode: nothing counts such steps. Made outside of inference mode, so that updates may use them.
+    And env_seconds, the time spent in `envs.step`. `record_step` adds success (T, N), where the environment tells it.
     """
     T, N, S = envs.meta_horizon, envs.num_envs, envs.single_observation_space.shape[0]
     space, device = envs.single_action_space, envs.device
@@ -49,7 +49,9 @@ def record_step(envs, data, t, obs, action, shift=0.0):
     if "alive" in info:
         data["alive"][t] = info["alive"]
     if "success" in info:
-        data.setdefault("success", torch.zeros_like(data["terminated"]))[t] = info["success"]
+        if "success" not in data:
+            data["success"] = torch.zeros_like(data["terminated"])
+        data["success"][t] = info["success"]
     return following + shift, info
 
 
@@ -65,8 +67,8 @@ def outcomes(data, envs):
 
 def measured(tasks):
     """What each of an evaluation's tasks has, and what the scalars of it are called: pairs of names."""
-    first = next(iter(tasks.values()))
-    return [(key, word) for key, word in (("return", "return"), ("success", "success_rate")) if key in first]
+    names = ("return", "return"), ("success", "success_rate")
+    return [(key, word) for key, word in names if all(key in task for task in tasks.values())]
 
 
 def by_episode(tasks):

@@ -597,7 +597,7 @@ def test_first_actions(script, gain):
     """--actor-gain scales a continuous policy's first mean action, whatever it sees."""
     means = []
     for actor_gain in (1.0, gain):
-        args = script.Args(**preset_of(script, "SparsePointRobot", cuda=True), actor_gain=actor_gain)
+        args = script.Args(**preset_of(script, "SparsePointRobot", cuda=True) | dict(actor_gain=actor_gain))
         torch.manual_seed(0)
         agent = script.Agent(args, 2, Box(-1, 1, (2,)), dict(m=4))
         means.append(agent.act(torch.randn(9, 2), torch.randn(9, 4), deterministic=True))

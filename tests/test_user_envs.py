@@ -104,9 +104,9 @@ GOOD += [user_envs.Early, user_envs.Plain, user_envs.Other]
 
 @pytest.mark.parametrize("env", GOOD)
 def test_good_environments(env):
-    observation_space, action_space, truth = check_env(env(), [1.0])
+    observation_space, action_space, truth, success = check_env(env(), [1.0])
     assert (observation_space, action_space) == (env.observation_space, env.action_space)
-    assert truth == (None if env is user_envs.Plain else (1,))
+    assert truth == (None if env is user_envs.Plain else (1,)) and success
 
 
 class Wrapped(gymnasium.Wrapper):

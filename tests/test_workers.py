@@ -228,6 +228,26 @@ def test_discrete_actions_and_bare_environments():
     envs.close()
 
 
+class Late(Switch):
+    """Tells a success of its third step alone."""
+
+    def step(self, action):
+        *rest, info = super().step(action)
+        return *rest, info | ({"success": True} if self.steps == 3 else {})
+
+
+def test_success_of_some_steps():
+    """Refused by the first one, in a sentence: what it would be counted as in the other steps is anybody's guess."""
+    import torch
+
+    envs = make([("late", 0, {"value": 7})], 3, {"late": Late})
+    envs.reset()
+    for _ in range(2):
+        assert "success" not in envs.step(torch.tensor([4, 0, 2]))[4]
+    with pytest.raises(WorkerError, match=r"info\['success'\] comes late, .*: give it in every step, or in none"):
+        envs.step(torch.tensor([4, 0, 2]))
+
+
 def play(envs, meta_episodes):
     import torch
 

@@ -73,7 +73,8 @@ def check_names(names, split):
 
 def check_env(env, tasks):
     """BadInput unless it is a gymnasium.Env with tasks, as the docstring of workers.py has it. Resets it to these tasks
-    and plays a step. Returns observation_space, action_space and the shape of info["task"], None where there is none.
+    and plays a step. Returns observation_space, action_space, the shape of info["task"], None where there is none, and
+    whether the step told its success.
     """
     for name in ("observation_space", "action_space", "set_task", "reset", "step", "close"):
         if not hasattr(env, name):
@@ -105,7 +106,7 @@ def check_env(env, tasks):
         flag = _array(given)
         if flag.size != 1 or flag.item() not in (0, 1):
             raise BadInput(f"{name} of step is {short(given)}, and must be a bool")
-    return space, action_space, *truths
+    return space, action_space, *truths, "success" in info
 
 
 def _check_takes(reset, name):

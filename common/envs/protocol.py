@@ -14,7 +14,7 @@ What comes back
     obs, info["final_obs"]       float32 (N, S)
     reward                       float32 (N,)
     terminated, truncated        bool (N,)
-    info["success"]              bool (N,), at this step; where the family defines it
+    info["success"]              bool (N,), at this step; at none where the family defines no success
     info["alive"]                bool (N,), False for the steps that an environment idles after an early termination;
                                  absent where a family never terminates early. Nothing may learn from idle steps: the
                                  encoder reads them like any others, in rollouts and updates alike; no loss counts them

@@ -8,10 +8,10 @@
         return WorkerVectorEnv(families, tasks, num_envs, split, seed, device, horizon, episodes_per_task)
 
 An environment is a gymnasium.Env with a method `set_task(data)`, called before `reset`. `info["task"]` of its reset, a
-vector, is the ground truth of the task, and `info["success"]` of its steps the success, where it gives them. Its random
-numbers come from `reset(seed=...)`, which gets a seed at the beginning of every meta-episode, so that results depend
-neither on the number of workers nor on what an environment did before. The callables are imported by the workers:
-functions (or functools.partial of them) of a module, not of the script that is being run.
+vector, is the ground truth of the task, and `info["success"]` of its steps, of all or of none, the success, where it
+gives them. Its random numbers come from `reset(seed=...)`, which gets a seed at the beginning of every meta-episode, so
+that results depend neither on the number of workers nor on what an environment did before. The callables are imported
+by the workers: functions (or functools.partial of them) of a module, not of the script that is being run.
 
 Observations are vectors, a Box of one dimension; they become float32, whatever they are. Actions are such vectors, of
 floats, or one of n choices. All families have the same spaces, and ground truths of the same length. Before the run
@@ -106,6 +106,7 @@ class WorkerVectorEnv:
             self._workers = [_Worker(fds, number, setup, timeout) for number in range(num_workers)]
             self._stop = weakref.finalize(self, _stop, self._workers)  # when collected, or at the interpreter's exit
             self._block, self._truth_shapes = None, set()  # of ground truths: one and the same
+            self._succeeds = True  # whether environments tell their success
             try:
                 observation_space, action_space = spaces or self._try_out()
                 check_spaces(observation_space, action_space)
@@ -181,8 +182,9 @@ class WorkerVectorEnv:
         self._check_finite()
         keys = ("final_obs", "reward", "terminated", "success", "alive")
         new = {k: getattr(self._shared, k).to(self.device, copy=True) for k in keys}
-        if not self._shared.succeeds.any():  # no environment has told yet, so this one may not define it
-            del new["success"]
+        if not self._succeeds and new.pop("success").any():
+            self.close()
+            raise WorkerError("info['success'] comes late, a first step had none: give it in every step, or in none")
         obs = self._shared.obs.to(self.device, copy=True) if restart else new["final_obs"]
         return obs, new.pop("reward"), new.pop("terminated"), self._all[ended], new
 
@@ -195,7 +197,8 @@ class WorkerVectorEnv:
                 worker, "try_out", family, [self._task[name][2] for name in dict.fromkeys((names[-1], names[0]))]
             )
         found = [(family, *self._answer(worker, f"family {family!r}")) for family, worker in tried]
-        one, observation_space, action_space, truth = found[0]
+        one, observation_space, action_space, truth, _ = found[0]
+        self._succeeds = any(success for *_, success in found)
         self._truth_shapes.add(truth)
         for other, *its in found[1:]:
             for what, a, b, same in (
@@ -390,7 +393,6 @@ def _fields(num_envs, num_workers, obs_shape, action_shape, action_dtype):
         "terminated": ((num_envs,), "?"),
         "success": ((num_envs,), "?"),
         "alive": ((num_envs,), "?"),
-        "succeeds": ((num_workers,), "?"),  # whether an environment has told its success
         "busy": ((num_workers,), "i4"),  # which environment each worker is at, -1 for none: for the post-mortem
     }
 
@@ -479,7 +481,6 @@ class _Server:
                 block.reward[i] = reward
                 block.terminated[i] = terminated
                 block.success[i] = info.get("success", 0)
-                block.succeeds[self.number] |= "success" in info
                 block.alive[i] = 1
                 if terminated or truncated:
                     self.finished.add(i)
