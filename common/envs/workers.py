@@ -105,8 +105,7 @@ class WorkerVectorEnv:
             fds = [file.fileno() for file in files]
             self._workers = [_Worker(fds, number, setup, timeout) for number in range(num_workers)]
             self._stop = weakref.finalize(self, _stop, self._workers)  # when collected, or at the interpreter's exit
-            self._block, self._truth_shapes = None, set()  # of ground truths: one and the same
-            self._succeeds = True  # whether environments tell their success
+            self._block, self._truth_shapes, self._succeeds = None, set(), True  # one shape; whether success is told
             try:
                 observation_space, action_space = spaces or self._try_out()
                 check_spaces(observation_space, action_space)
