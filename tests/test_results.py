@@ -45,7 +45,7 @@ UNCHECKED = {  # commands in words, or with another run's checkpoint, or of a pr
     "HalfCheetahVelSessions__dynamite_rl_ends_1", "HalfCheetahVelSessions__dynamite_rl_ends_10",
     *(name for name in RUNS if "_sessions_" in name), "MEWAUniform__laser_context_mean__1",
     "MEWAUniform__laser_explored_3000__1", "MEWA__laser_context_mean__1", "MEWA__laser__1",
-    "ScratchItch__dynamite_rl_old__1",
+    "ScratchItch__dynamite_rl_old__1", "SparsePointRobot__laser_explored__1",
 }  # fmt: skip
 
 
