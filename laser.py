@@ -1107,7 +1107,6 @@ SMALL_SIZES = dict(  # what fits a machine without a GPU and learns there in min
     belief_learning_rate=1e-3, explore_learning_rate=3e-4, buffer_size=1_000, recompute=False, learning_rate=3e-4,
     exploit_episodes=2, eval_interval=200,
 )  # fmt: skip
-OTHERS = SMALL_SIZES | dict(norm_inputs=True, norm_reward=True, oracle_split="train")
 PRESETS = {
     "MEWA": {},
     "MEWAUniform": dict(oracle_split="train"),
@@ -1121,8 +1120,7 @@ PRESETS = {
         policy_gamma=True,
     ),
     # Whatever else, and your own: sizes for a small machine, with --cuda, too (ours).
-    "module:factory": OTHERS,
-    "GridWorld": OTHERS | dict(explore_iterations=1500),  # after 300 the encoder knows less of the goal, worth a third
+    "module:factory": SMALL_SIZES | dict(norm_inputs=True, norm_reward=True, oracle_split="train"),
 }  # fmt: skip
 SMALL_ML = SMALL_SIZES | dict(
     explore_iterations=30, initial_iterations=5, contrastive_warmup=3, eval_tasks=10, belief_updates=4,
