@@ -179,11 +179,11 @@ class WorkerVectorEnv:
         for worker in self._workers:
             self._answer(worker)
         self._check_finite()
-        keys = ("final_obs", "reward", "terminated", "success", "alive")
-        new = {k: getattr(self._shared, k).to(self.device, copy=True) for k in keys}
-        if not self._succeeds and new.pop("success").any():
+        if not self._succeeds and self._block.success.any():
             self.close()
             raise WorkerError("info['success'] comes late, a first step had none: give it in every step, or in none")
+        keys = ("final_obs", "reward", "terminated", "alive") + ("success",) * self._succeeds
+        new = {k: getattr(self._shared, k).to(self.device, copy=True) for k in keys}
         obs = self._shared.obs.to(self.device, copy=True) if restart else new["final_obs"]
         return obs, new.pop("reward"), new.pop("terminated"), self._all[ended], new
 
