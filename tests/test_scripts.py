@@ -33,7 +33,7 @@ import ldm
 import varibad
 from common.arguments import check_bounds, flag, parse_args
 from common.envs import BadInput, TensorEnvs, make_envs
-from common.rollouts import by_episode
+from common.rollouts import by_episode, outcomes
 from tests import probe
 from tests.test_belief import SCRIPTS, check, signals  # noqa: F401
 
@@ -569,7 +569,22 @@ def without_success(folder, shown):
 @pytest.mark.parametrize("script, env_id", [(varibad, "HalfCheetahVel"), (ldm, "AntGoal"), (dme, "GridWorld")])
 def test_success_where_it_is_defined(script, env_id, tmp_path, capsys):
     run(script, tmp_path / "run", "--env-id", env_id, "--eval-tasks", 2, eval_interval=2)
-    assert without_success(tmp_path / "run", capsys.readouterr().err) == (env_id != "GridWorld")
+    shown = capsys.readouterr().err
+    assert without_success(tmp_path / "run", shown) == (env_id != "GridWorld")
+    *_, last = (float(value) for _, key, value in metrics(tmp_path / "run") if key == "charts/return_episode_2")
+    assert re.findall(r"(?<!test )return=([-\d.]+)", shown)[-1] == f"{last:.2f}"  # of the last episode, as the row
+
+
+def test_outcomes():
+    """Returns, and success at any step, of each episode of a rollout, by loops; no success where none was told."""
+    envs, (rewards, success) = types.SimpleNamespace(episodes_per_task=3, horizon=4), torch.rand(2, 12, 5)
+    data = dict(raw_rewards=rewards, success=success < 0.2)
+    found = outcomes(data, envs)
+    for k, n in np.ndindex(3, 5):
+        steps = range(4 * k, 4 * k + 4)
+        assert found["episode_return"][k, n].item() == pytest.approx(sum(rewards[t, n].item() for t in steps))
+        assert found["episode_success"][k, n].item() == any(success[t, n].item() < 0.2 for t in steps)
+    assert outcomes(dict(raw_rewards=rewards), envs).keys() == {"episode_return"}
 
 
 def recorded(script, monkeypatch):
